@@ -78,10 +78,9 @@ from .contract.report import Report as Report, check_attention as check_attentio
 from .contract.spec import AttentionSpec as AttentionSpec
 from .contract.strategy import attention_cases as attention_cases
 from .failure import Failure as Failure
-from .heatmaps.difference import show_difference as show_difference
 from .heatmaps.figure import HeatmapFigure as HeatmapFigure
 from .heatmaps.record import Heatmaps as Heatmaps, read_heatmaps as read_heatmaps
-from .heatmaps.showing import show_heatmaps as show_heatmaps
+from .heatmaps.showing import show_difference as show_difference, show_heatmaps as show_heatmaps
 from .heatmaps.terminal import format_heatmap as format_heatmap
 from .plugin.examination import parametrize_with_checks as parametrize_with_checks
 

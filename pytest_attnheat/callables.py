@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pytest_attnheat.attention.devices import visible_devices
+from .attention.devices import visible_devices
 
 # How far modules are looked for in what a callable refers to.
 _DEPTH = 3
@@ -26,11 +26,9 @@ _COMPILATIONS = 64
 
 
 def modules_in(subject: object) -> list[nn.Module]:
-    """Return the modules that a callable is or holds, as far as they can be found.
-
-    Looked into are partials, bound methods, the variables that a function
-    refers to, and the attributes of an object.
-    """
+    """Return the modules that a callable is or holds, as far as they can be found."""
+    # Looked into are partials, bound methods, the variables that a function refers to, and the
+    # attributes of an object.
     return [part for part in _collected(subject) if isinstance(part, nn.Module)]
 
 
@@ -43,11 +41,9 @@ def is_compiled(subject: object) -> bool:
 
 @contextmanager
 def always_compiled(subject: object) -> Iterator[None]:
-    """Let what is compiled run compiled or not at all, however many shapes it is asked.
-
-    After its eighth compilation of some code, `torch.compile` runs the code as it was written, and
-    says so in a log alone: what passes then says nothing of what was compiled.
-    """
+    """Let what is compiled run compiled or not at all, however many shapes it is asked."""
+    # After its eighth compilation of some code, `torch.compile` runs the code as it was written,
+    # and says so in a log alone: what passes then says nothing of what was compiled.
     if not is_compiled(subject):
         yield
         return
@@ -76,11 +72,9 @@ def _is_marked(part: object) -> bool:
 
 
 def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
-    """Return the parameters of a callable, None where they are not known, as of a builtin.
-
-    Those of an object with `plan` and `run` are the ones of both; of an operator of torch, the
-    names of its results are among them.
-    """
+    """Return the parameters of a callable, None where they are not known, as of a builtin."""
+    # Those of an object with `plan` and `run` are the ones of both; of an operator of torch, the
+    # names of its results are among them.
     if plans_and_runs(subject):
         both = [inspect.signature(method).parameters for method in (subject.plan, subject.run)]
         return {**both[0], **both[1]}
@@ -165,12 +159,10 @@ def _parts(subject: object) -> Sequence[object]:
 
 @contextmanager
 def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]:
-    """Use a subject and leave it as it was found.
-
-    Restored afterwards, also after an exception: training or evaluation mode
-    and the buffers of its modules, and the random state of Python, NumPy, the
-    CPU and the devices of `tensors`. Random numbers within are drawn from `seed`.
-    """
+    """Use a subject and leave it as it was found."""
+    # Restored afterwards, also after an exception: training or evaluation mode and the buffers of
+    # its modules, and the random state of Python, NumPy, the CPU and the devices of `tensors`.
+    # Random numbers within are drawn from `seed`.
     modules = [part for module in modules_in(subject) for part in module.modules()]
     modes = [(module, module.training) for module in modules]
     buffers = [
@@ -266,10 +258,8 @@ def _module(kind: str) -> Any:
 
 @torch.no_grad()
 def _restore(buffers: Sequence[tuple[nn.Module, str, Tensor | None, Tensor | None]]) -> None:
-    """Put buffers back, such as the running mean of a batch norm, with what they held.
-
-    Those that did not change are not written to: autograd would see it.
-    """
+    """Put buffers back, such as the running mean of a batch norm, with what they held."""
+    # Those that did not change are not written to: autograd would see it.
     pairs: list[tuple[Tensor, Tensor]] = []
     for module, name, buffer, before in buffers:
         module._buffers[name] = buffer

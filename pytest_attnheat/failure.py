@@ -15,12 +15,12 @@ from html import escape
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
-from pytest_attnheat.inputs import dtype_name
+from .inputs import dtype_name
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from .heatmaps.figure import HeatmapFigure
 
 # Of a number in a sentence, significant digits; 17 tell any two float64 apart.
 _LEAST_DIGITS, _MOST_DIGITS = 6, 17
@@ -134,15 +134,10 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
     def __str__(self) -> str:
         """Say all of it, in several lines."""
         entries = {
-            "layer": self.layer,
-            "cases": self.cases,
-            "worst": self.worst,
-            "first": self.first,
-            "cause": self.cause,
-            "claim": self.assumed,
-            "tensor": self.tensor,
+            "layer": self.layer, "cases": self.cases, "worst": self.worst, "first": self.first,
+            "cause": self.cause, "claim": self.assumed, "tensor": self.tensor,
             "repeat": self.repeat,
-        }
+        }  # fmt: skip
         lines = [self.headline]
         for name, said in entries.items():
             if said is not None:
@@ -157,13 +152,7 @@ Failure.__module__ = "pytest_attnheat"
 
 
 def html_table(rows: Iterable[Sequence[str]], *, above: str = "", below: str = "") -> str:
-    """Return rows of texts as a table of a notebook; the first row is its heads.
-
-    Args:
-        rows: Texts, as many in each row.
-        above: What stands above the table, line by line.
-        below: What stands below it.
-    """
+    """Return rows of texts as a table of a notebook; the first row is its heads."""
     kinds = chain(["th"], repeat("td"))
     lines = (
         "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
@@ -174,13 +163,7 @@ def html_table(rows: Iterable[Sequence[str]], *, above: str = "", below: str = "
 
 
 def number_text(value: float, *, beside: float | None = None, least: int = _LEAST_DIGITS) -> str:
-    """Return a number with as many digits as it takes.
-
-    Args:
-        value: The number.
-        beside: A difference that has to be seen in it; the least digits by default.
-        least: The least significant digits.
-    """
+    """Return a number with as many digits as it takes, to see a difference `beside` it if given."""
     if beside is None or not (math.isfinite(value) and math.isfinite(beside)) or beside == 0:
         return f"{value:.{least}g}"
     largest = max(abs(value), abs(beside))

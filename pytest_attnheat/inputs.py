@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 
 def misuse(name: str, got: object, accepted: str) -> str:
-    """Return the text of an error about an argument: what was given, and what is accepted.
-
-    Args:
-        name: What the argument is called.
-        got: What was given: its value, its type, its shape, whatever tells what is wrong.
-        accepted: What would be accepted, without "accepted is".
-    """
+    """Return the text of an error about an argument: what was given, and what is accepted."""
     return f"{name}: got {got}; accepted is {accepted}"
 
 
@@ -63,12 +57,7 @@ def dtype_names(name: str, given: object) -> tuple[str, ...]:
 
 
 def whole_number(name: str, given: object, *, least: int) -> int:
-    """Return a whole number of Python, NumPy or torch.
-
-    Raises:
-        TypeError: No whole number; a boolean is none.
-        ValueError: Below `least`.
-    """
+    """Return a whole number of Python, NumPy or torch; a boolean is none."""
     accepted = f"a whole number from {least}"
     number = as_whole(given)
     if number is None:
@@ -110,17 +99,11 @@ ACCEPTED_MASK = "a boolean torch.Tensor or numpy.ndarray, True where a query may
 
 
 class InBoxes:
-    """What is read as a tensor, a box of it at a time, and is never held as a whole.
+    """What is read as a tensor, a box of it at a time, and is never held as a whole."""
 
-    Attributes:
-        shape: Its sizes.
-        dtype: That of its boxes.
-        device: Where they are computed.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    shape: torch.Size  # Its sizes
+    dtype: torch.dtype  # That of its boxes
+    device: torch.device  # Where they are computed
 
     # What a verdict has to say of it: which rows stand for all.
     note: str = ""
@@ -156,20 +139,7 @@ class _Writable:
 def as_weights(
     value: object, name: str = "weights", dimensions: str = "(..., queries, keys)"
 ) -> torch.Tensor:
-    """Return attention weights ready to be read, sharing memory wherever possible.
-
-    Args:
-        value: What the caller passed.
-        name: What the argument is called, for the errors.
-        dimensions: What its dimensions are, for the errors.
-
-    Returns:
-        A detached tensor of shape ``(..., queries, keys)``, or what is read as one.
-
-    Raises:
-        TypeError: Not a dense tensor or array of a real float dtype.
-        ValueError: Fewer than two dimensions, or no elements.
-    """
+    """Return attention weights (..., queries, keys), detached, sharing memory wherever possible."""
     accepted = _ACCEPTED + dimensions
     if isinstance(value, InBoxes):
         return cast("torch.Tensor", value)
@@ -187,26 +157,16 @@ def as_weights(
 
 
 def as_mask(mask: object, weights: torch.Tensor) -> torch.Tensor | None:
-    """Return a mask with as many dimensions as the weights, not expanded.
-
-    Args:
-        mask: None, or a boolean tensor or array, True where a query may attend.
-        weights: The weights it belongs to.
-
-    Returns:
-        The mask with leading dimensions of size 1 added where it has fewer.
-
-    Raises:
-        TypeError: Not boolean.
-        ValueError: Does not broadcast to the shape of the weights.
-    """
+    """Return a mask with as many dimensions as the weights, of size 1 where it has fewer."""
     import torch
 
     if mask is None:
         return None
-    if isinstance(mask, InBoxes):
-        return cast("torch.Tensor", mask)
-    operand = _as_operand(mask, "mask", ACCEPTED_MASK)
+    if isinstance(mask, InBoxes) and mask.dtype != torch.bool:
+        accepted = f"{ACCEPTED_MASK}; the mask of lazy weights is their .mask"
+        raise TypeError(misuse("mask", repr(mask), accepted))
+    lazy = isinstance(mask, InBoxes)
+    operand = cast("torch.Tensor", mask) if lazy else _as_operand(mask, "mask", ACCEPTED_MASK)
     if operand.dtype != torch.bool:
         raise TypeError(
             f"{misuse('mask', f'dtype {dtype_name(operand)}', ACCEPTED_MASK)}. For a mask of 0 "
@@ -217,16 +177,15 @@ def as_mask(mask: object, weights: torch.Tensor) -> torch.Tensor | None:
     if not broadcasts(given, wanted):
         accepted = f"a shape that broadcasts to that of the weights, {wanted}"
         raise ValueError(misuse("mask", f"shape {given}", accepted))
-    return operand[(None,) * (len(wanted) - len(given))]
+    missing = len(wanted) - len(given)
+    if lazy and missing:
+        accepted = f"one of {len(wanted)} dimensions, as the weights have"
+        raise ValueError(misuse("mask", repr(mask), accepted))
+    return operand if lazy else operand[(None,) * missing]
 
 
 def check_tolerance(value: object) -> float:
-    """Return a tolerance given by the caller.
-
-    Raises:
-        TypeError: Not a number.
-        ValueError: Not in 0 <= tolerance < 1 (1 would let a row of zeros pass).
-    """
+    """Return a tolerance given by the caller: at 1 a row of zeros would pass."""
     tolerance = check_number(value, "tolerance")
     if not 0 <= tolerance < 1:
         raise ValueError(misuse("tolerance", repr(tolerance), "0 <= tolerance < 1, or None"))
@@ -234,12 +193,7 @@ def check_tolerance(value: object) -> float:
 
 
 def check_number(value: object, name: str) -> float:
-    """Return a finite number given by the caller.
-
-    Raises:
-        TypeError: Not a number.
-        ValueError: NaN or infinite.
-    """
+    """Return a finite number given by the caller."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(misuse(name, type(value).__name__, "a number, or None"))
     try:

@@ -1004,6 +1004,32 @@ def test_the_reference_is_called_in_float64_and_in_the_dtype_of_the_inputs():
     assert seen == [(torch.float64, True), (torch.float32, True)]
 
 
+def by_similarity(query, key, value, *, detached=False):
+    """Features of queries and keys in place of a softmax, all products written out."""
+    query, key = F.elu(query) + 1, F.elu(key) + 1
+    similar = query @ key.mT
+    total = similar.sum(-1, keepdim=True)
+    return (similar / (total.detach() if detached else total)) @ value
+
+
+def by_one_state(query, key, value):
+    """The same by the sum over the keys, as linear attention has it."""
+    query, key = F.elu(query) + 1, F.elu(key) + 1
+    return query @ (key.mT @ value) / (query * key.sum(-2, keepdim=True)).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+@pytest.mark.parametrize("key_len", [1, 9])
+def test_beside_another_reference_a_gradient_may_be_what_rounding_leaves_of_terms_that_cancel(
+    key_len, size
+):
+    query, key, value = inputs(1, 2, query_len=5, key_len=key_len)
+    tensors = query * size, key * size, value
+    assert_matches_reference(by_one_state, *tensors, reference=by_similarity)
+    wrong = functools.partial(by_similarity, detached=True)
+    assert "gradient" in message(wrong, *tensors, reference=by_similarity)
+
+
 def softmax_of_infinity(query, key, value, attn_mask):
     return LOST["nan"](query, key, value, attn_mask)
 

@@ -299,6 +299,105 @@ def test_a_window_wider_than_all_calls_is_asked_in_one_that_it_shortens():
     assert failing(unlimited, "block_lengths", **declared).startswith("sizes=3x2505 ")
 
 
+@pytest.mark.parametrize("tile", [16, 8, None])
+def test_a_tile_of_query_heads_that_reaches_into_the_next_group_is_found(tile):
+    def attention(query, key, value, enable_gqa=False):
+        heads, key_heads = query.shape[1], key.shape[1]
+        if tile is None and heads // key_heads > 16:
+            raise RuntimeError("at most 16 heads share one")
+        group, head = heads // key_heads, torch.arange(heads)
+        own = head // group
+        if tile is not None and group > tile:  # tiles are dealt out over all heads
+            own = head // tile // -(-group // tile)
+        return sdpa(query, key[:, own], value[:, own])
+
+    found = failing(attention, "grouped")
+    assert found is None if tile != 16 else found.startswith("sizes=3x7 group=24 ")
+
+
+def test_queries_before_all_real_keys_are_asked_where_it_is_declared_what_they_give():
+    def added(query, key, value, mask=None, is_causal=False, hide=-1e4):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if is_causal:
+            scores = scores + torch.ones(scores.shape[-2:]).triu(1) * hide
+        if mask is not None:
+            scores = scores + (~mask[:, None, None]) * hide
+        return scores.softmax(-1) @ value
+
+    def filled(query, key, value, mask=None, is_causal=False):
+        seen = torch.ones(query.shape[2], key.shape[2]).tril() > 0 if is_causal else True
+        seen = seen if mask is None else seen & mask[:, None, None]
+        return sdpa(query, key, value, seen if torch.is_tensor(seen) else None)
+
+    declared = {"mask": "keep", "mask_argument": "mask", "mask_shape": "(B, S)"}
+    ask = partial(failing, name="pairs", gradients=False, **declared)
+    assert ask(added) is None
+    assert "empty=True" in ask(added, fully_masked="zero")
+    assert ask(filled, fully_masked="zero") is None
+
+
+def as_if_contiguous(tensor):
+    """What is read where the strides of a tensor are not looked at, as far as memory goes."""
+    own = torch.empty(tensor.shape).stride()
+    room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.numel()
+    return tensor.as_strided(tensor.shape, own, 0) if room >= 0 else tensor
+
+
+def test_a_mask_is_laid_out_otherwise_as_well():
+    def attention(query, key, value, attn_mask=None):
+        mask = attn_mask if attn_mask is None else as_if_contiguous(attn_mask)
+        return sdpa(query, key, value, mask)
+
+    assert failing(sdpa, "layout") is None
+    assert failing(attention, "layout", fully_masked="undefined") == ""
+
+
+def test_an_output_that_is_stored_as_the_query_lies_is_found_though_only_of_values_as_wide():
+    def attention(query, key, value):
+        output = sdpa(query, key, value)
+        if output.shape != query.shape or query.is_contiguous():
+            return output
+        memory = torch.zeros(max(output.numel(), query.untyped_storage().nbytes()))
+        memory.as_strided(output.shape, query.stride()).copy_(output)
+        return memory[: output.numel()].view(output.shape)
+
+    assert failing(attention, "layout", gradients=False) == ""
+
+
+def summed(query, key, value, *, sinks=None, factor=1.0, shifted=True):
+    """The output, and the log-sum-exp times a factor; a sink may be left out of its maximum."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if sinks is None:
+        return scores.softmax(-1) @ value, scores.logsumexp(-1) * factor
+    both = torch.cat([scores, sinks[:, None, None].expand_as(scores[..., :1])], -1)
+    top = (both if shifted else scores).amax(-1, keepdim=True)
+    lse = (both - top).exp().sum(-1).log() + top[..., 0]
+    return both.softmax(-1)[..., :-1] @ value, lse
+
+
+@pytest.mark.parametrize(
+    ("subject", "cause"),
+    [
+        (partial(summed, sinks=None), None),
+        (partial(summed, sinks=None, factor=0.0), "it is 0 in every row"),
+        (partial(summed, sinks=None, factor=math.log(2)), "times ln(2), as if it had been in"),
+        (lambda query, key, value, sinks=None: summed(query, key, value, sinks=sinks), None),
+        (
+            lambda query, key, value, sinks=None: summed(
+                query, key, value, sinks=sinks, shifted=False
+            ),
+            "it is (batch, heads, query_len), base e, but not beside a sink",
+        ),
+    ],
+)
+def test_a_log_sum_exp_is_asked_beside_large_scores_and_told_by_what_is_made_of_it(subject, cause):
+    spec = AttentionSpec(subject, returns="lse", name="summed", dtypes=("float32",))
+    checks = [one for one in CHECKS if one.name == "returned_lse"]
+    (result,) = check_attention(spec, checks=checks).results
+    assert result.status == ("failed" if cause else "passed"), result.message
+    assert cause is None or cause in result.message
+
+
 def test_every_check_is_needed():
     names = {one.name for one in NAMED}
     elsewhere = {"ragged", "stored"}  # of conventions: test_conventions, test_conventions_cached

@@ -47,7 +47,6 @@ IN_PAIRS = [
     and not defect.name.startswith(("bias", "documents", "lengths"))
 ]
 # Where a row that sees its sink alone is the only one with an empty part of its keys.
-AS_WELL = {"sinks_outside_maximum": (("empty_parts_nan",),)}
 OVER_QUERIES = "attention whose softmax runs over the queries (dim=-2)"
 
 # Declared of a subject whose masks a test does not ask about: fewer cases take less time.
@@ -139,7 +138,7 @@ def test_a_planted_defect_is_named(name):
     found = diagnosed(name)
     assert not found.healthy
     assert found.defects == (name,)
-    assert found.alternatives == AS_WELL.get(name, ())
+    assert found.alternatives == ()
     assert name not in found.excluded
 
 
@@ -545,6 +544,10 @@ def with_sinks(query, key, value):
     return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ value
 
 
+def by_head(tensor):
+    return torch.arange(tensor.shape[1])[:, None, None]
+
+
 @pytest.mark.parametrize(
     ("subject", "words"),
     [
@@ -574,6 +577,13 @@ def with_sinks(query, key, value):
             "right but for a factor of each query, 1 to ",
         ),
         (lambda q, k, v: subjects.plain(q, k, v).tanh(), "is no weighted sum of the values"),
+        (lambda q, k, v: subjects.plain(q, k, v) * (by_head(k) != 1), "0 in head 1 of 3, and"),
+        (lambda q, k, v: subjects.plain(q, k, v) * (1 + by_head(k)), "outputs are 1, 2, 3; 1, 2,"),
+        (of_scores(lambda s: s * (1 + by_head(s) / 5)), "scores are 1, 1.2, 1.4; 1, 1.2, 1.4 (by"),
+        (
+            lambda q, k, v: subjects.plain(q, k.roll(1, 1), v),
+            "head 0 reads key head 2 and the values of 0, not 0; head 1 reads key head 0 and",
+        ),
     ],
 )
 def test_what_no_defect_explains_is_told_by_its_numbers(subject, words):
@@ -581,6 +591,61 @@ def test_what_no_defect_explains_is_told_by_its_numbers(subject, words):
     probes, _ = _answers(Examination(spec, torch.float32, torch.device("cpu")))
     (said,) = observed(functools.partial(inferred_weights, spec), probes)
     assert words in said
+
+
+def test_the_slope_of_one_head_is_told_beside_the_one_declared():
+    def slopes(heads):
+        return 2.0 ** -torch.arange(1.0, heads + 1)
+
+    def attention(query, key, value):
+        steep = torch.where(by_head(query) == 1, 1.5, 1.0)
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        distant = slopes(query.shape[1])[:, None, None] * steep * far(scores)
+        return (scores - distant).softmax(-1) @ value
+
+    found = diagnose(AttentionSpec(attention, alibi=slopes, dtypes=("float32",), **PLAIN))
+    assert found.defects == ()
+    assert found.shows == (
+        "its ALiBi slopes are 0.5, 0.375, 0.125, not 0.5, 0.25, 0.125 (by head)",
+    )
+
+
+def test_what_is_wrong_in_one_head_alone_is_no_step_in_a_coarse_dtype():
+    def attention(query, key, value):
+        output = subjects.plain(query, key, value)
+        nearly = output * (1 + 1e-3 * torch.sin(1e3 * output))
+        return torch.where(by_head(query) == 1, nearly, output)
+
+    found = diagnose(AttentionSpec(attention, dtypes=("float32",), **PLAIN))
+    assert found.where["heads"] == "only head 1 of 4"
+    assert "coarse" not in found.sentence
+    assert "leave float32 out" not in found.sentence
+
+
+def test_one_scale_for_all_widths_is_told_as_such():
+    def attention(query, key, value):
+        return (query @ key.mT * 0.05).softmax(-1) @ value
+
+    found = diagnose(AttentionSpec(attention, dtypes=("float32",), **PLAIN))
+    assert found.defects == ("scale_missing", "temperature")
+    assert "equals attention whose scores are multiplied by 0.05, whatever head_dim is" in str(
+        found
+    )
+    assert found.alternatives == ()
+
+
+@pytest.mark.parametrize("name", ["window_ignored", "window_left_too_narrow"])
+def test_what_is_wrong_in_decoding_alone_is_named(name):
+    right, wrong = (attention_with(*has, window=(4, 0), bottom_right=True) for has in ((), (name,)))
+
+    def attention(query, key, value):
+        return (wrong if query.shape[2] == 1 else right)(query, key, value)
+
+    found = diagnose(
+        AttentionSpec(attention, window=(4, 0), causal="bottom_right", dtypes=("float32",))
+    )
+    assert found.defects == (name,)
+    assert found.where["wrong"].endswith("rows in one query")
 
 
 def test_numbers_that_show_nothing_are_told_nothing_of():
@@ -875,3 +940,9 @@ def test_a_log_sum_exp_is_not_taken_for_weights():
         return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
     assert diagnose(AttentionSpec(attention, returns="lse", dtypes=("float64",))).healthy
+
+
+def test_what_has_a_reference_of_its_own_is_not_diagnosed_as_plain_attention():
+    spec = AttentionSpec(F.scaled_dot_product_attention, reference=F.scaled_dot_product_attention)
+    with pytest.raises(ValueError, match="known defects are those of attention as declared; use c"):
+        diagnose(spec)

@@ -481,6 +481,37 @@ def test_the_quick_form_asks_less():
     assert quick.passed
     assert {result.dtype for result in quick.results} == {"float32"}
     assert len(quick.results) < len(CHECKS)
+    assert "all quick checks passed, " in str(quick).splitlines()[0]
+    said = "not asked in the quick form: scale_argument, block_lengths, gradients, "
+    (line,) = [line for line in str(quick).splitlines() if said in line]
+    assert quick.as_dict()["left_out"] == line.partition(": ")[2].split(", ")
+    named = check_attention(sdpa, quick=True, checks=[BY_NAME["plain"]])
+    assert "all checks passed" in str(named)
+    assert "not asked" not in str(named)
+
+
+def test_the_quick_form_asks_a_softcap_beside_what_hides():
+    def wrong(query, key, value, attn_mask=None, is_causal=False, scale=None, softcap=None):
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -1e9)
+        if is_causal:
+            hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            scores = scores.masked_fill(hidden, -1e9)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        return scores.softmax(-1) @ value
+
+    spec = AttentionSpec(wrong, softcap="softcap", causal="top_left", dtypes=ONE_DTYPE)
+    report = check_attention(spec, quick=True)
+    assert [result.name for result in report.failed][-1:] == ["softcap"]
+    assert "whose softcap comes after the mask" in str(report.diagnosis)
+
+
+def test_a_call_that_is_replayed_of_what_is_not_declared_says_so_first():
+    report = check_attention(sdpa, replay="sizes=3x3 chunk=True")
+    said = "nothing was examined; replay: got 'chunk=True'; accepted is feature=level, of sizes, b"
+    assert said in str(report).splitlines()[0]
 
 
 def test_expected_failures_are_said_so_with_their_reason():

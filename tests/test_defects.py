@@ -19,7 +19,13 @@ EXACT = {one.name: one for one in PLANTED if one.seen in ("exactly", "rounding")
 FORM_OF = {one.name: set(one.form_of.split()) for one in DEFECTS}
 # What is given by keyword in a call; all else is what the implementation always does.
 # What gives the very same answers to these cases, and says so of itself.
-ALIKE = {"sinks_outside_maximum": ["empty_parts_nan"], "products_overflow": ["products_in_float16"]}
+ALIKE = {
+    "sinks_outside_maximum": ["empty_parts_nan"],
+    "products_overflow": ["products_in_float16"],
+    # Heads of 8 that are padded to 64, and to the 32 of four heads.
+    "scale_squared": ["scale_of_another_width"],
+    "scale_from_embedding": ["scale_of_another_width"],
+}
 GIVEN = ("bias", "documents", "lengths", "alibi")
 
 
@@ -49,7 +55,7 @@ def kind_of(name):
     kinds = {"bias": "bias", "documents": "documents", "lengths": "lengths", "earlier": "earlier",
              "argument": "scale", "maximum_sub": "large", "renormalised": "large", "tiled_over":
              "of samples", "overflow": "float16", "s_only": "long", "fully": "empty", "outside":
-             "empty", "empty": "empty"}  # fmt: skip
+             "empty", "empty": "empty", "mask_in": "tiles"}  # fmt: skip
     return next((kind for part, kind in kinds.items() if part in name), "")
 
 
@@ -65,6 +71,8 @@ def cases_of(kind, declared):
     documents, lengths = (of_keys[:, :6], of_keys), torch.tensor([8, 6])
     empty = drawn(*base.shape, seed=7) > 0
     empty[:, :, 2], empty[:, :, 4, :BLOCK] = False, False
+    tiles = torch.arange(9) // BLOCK != torch.arange(6)[:, None] // BLOCK
+    tiles[1, 1] = True
     usual = [base, causal, masked(causal), replace(square, causal=True), masked(square)]
     usual += [replace(causal, alignment="bottom_right")]
     far = masked(replace(base, query=base.query * 10000))  # exp of its scores is inf or 0
@@ -79,6 +87,7 @@ def cases_of(kind, declared):
         "large": [far, masked(base)],
         "float16": [replace(far, dtype=torch.float16)],
         "of samples": [masked(plain(3), heads=1)],
+        "tiles": [replace(base, mask=tiles.expand(base.shape))],
         "long": [plain(query_len=40, key_len=43)],
         "empty": [*usual, replace(base, mask=empty)],
     }[kind]  # fmt: skip
@@ -89,6 +98,8 @@ def cases_for(name):
     declared = declared_for(name)
     if name in ("scale_from_value_width", "scale_argument_ignored"):
         declared["value_dim"] = 5
+    if name == "key_head_miscounted":
+        declared["heads"] = 6
     if "alibi" in declared:
         declared |= {"heads": 3 if name == "alibi_of_other_heads" else 4, "key_heads": 1}
         declared["alibi"] = declared["alibi"](declared["heads"])

@@ -234,12 +234,13 @@ def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch):
     )
     result.stdout.fnmatch_lines(["SKIPPED * wrong.py:4: it is not declared to take grouped heads"])
     result.stdout.fnmatch_lines([f"collected {2 * QUICK} items"])
-    *_, failed, title, name, diagnosis, picture, skipped, _ = result.stdout.lines
+    *_, failed, title, name, diagnosis, picture, left_out, skipped, _ = result.stdout.lines
     assert failed.startswith("FAILED wrong:attention::")
     assert title.strip("= ") == "attention examination"
     assert name == "attention (wrong:attention): 7 of 9 checks failed, " + f"{QUICK - 9} skipped"
     assert fnmatch(diagnosis, DIAGNOSIS)
     assert Path(picture.removeprefix("  picture ").strip()).name == "rows.png"
+    assert left_out.startswith("not asked in the quick form: scale_argument, block_lengths, ")
     assert re.fullmatch(rf"\d+ of {2 * QUICK} checks were skipped: -rs says why", skipped)
     text = result.stdout.str()
     assert "FAILED right" not in text
@@ -661,7 +662,7 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
     ]
     for line, pattern in zip(told, expected, strict=False):
         assert fnmatch(line, pattern), line
-    assert len(told) == len(expected) + 3
+    assert len(told) == len(expected) + 5  # two kinds have quick forms of their own
     assert told[-2].startswith("ERROR: nothing was asked of raising, refusing, and ")
     assert told[-3].endswith("; 2 because a parameter is not declared: --attn-check-strict makes "
                              "that fail")  # fmt: skip

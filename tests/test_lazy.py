@@ -509,3 +509,17 @@ def test_a_mask_of_blocks_of_other_lengths_is_refused():
         query = torch.zeros(batch, 1, length, 4)
         with pytest.raises(ValueError, match=r"^mask: got a BlockMask of \(2, 1, 128, 128\)"):
             LazyWeights(query, query, mask=mask)
+
+
+def test_a_mask_that_never_exists_is_told_from_weights_and_belongs_to_their_shape():
+    query = torch.randn(2, 3, 6, 4)
+    lazy = LazyWeights(query, query, causal=True)
+    assert repr(lazy.mask).startswith("<LazyMask bool (")
+    weights = torch.eye(6).expand(2, 3, 6, 6)
+    heat.assert_masked(weights, lazy.mask)
+    with pytest.raises(TypeError, match=r"<LazyWeights .*of lazy weights is their \.mask"):
+        heat.assert_masked(weights, lazy)
+    with pytest.raises(ValueError, match="a shape that broadcasts"):
+        heat.assert_masked(torch.eye(7).expand(2, 3, 7, 7), lazy.mask)
+    with pytest.raises(ValueError, match=r"mask: got <LazyMask .*one of 5 dimensions"):
+        heat.assert_masked(weights[None], lazy.mask)

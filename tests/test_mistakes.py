@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.mistakes import likely_mistake
+from pytest_attnheat.attention.outcomes import likely_mistake
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -62,7 +62,8 @@ def test_mistakes_that_give_the_same_output_are_all_named():
     found = likely_mistake(Call(query, key, value), computed(query, key, value, scale=32**-0.5))
     assert found == (
         "the output is that of attention whose scale is taken from the width of the values, or "
-        "whose scale is taken from the whole embedding, heads * head_dim"
+        "whose scale is taken from the whole embedding, heads * head_dim, or whose scale is that "
+        "of a wider head: head_dim as it is padded, or a fixed one"
     )
 
 

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from email import message_from_bytes
 from email.policy import default
+from fnmatch import fnmatch
 
 import pytest
 from pages import ROOT
@@ -24,8 +25,13 @@ def files_of(folder):
     found = subprocess.run(["git", "ls-files"], cwd=folder, capture_output=True, text=True)
     if (folder / ".git").exists() and found.returncode == 0:
         return set(found.stdout.splitlines()) - NOT_IN_SDIST
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name for name in files if ".egg-info/" not in name and not name.endswith(".pyc")}
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if not any(map(is_left, path.parts))}
+
+
+def is_left(part):
+    """Whether a file or folder of that name is what work has left behind."""
+    return any(fnmatch(part, pattern) for pattern in LEFT)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def declared_for(*names):
     """What must be declared of attention that is right, for these defects to show in it."""
     declared = {}
     if any("window" in name for name in names):
-        declared["window"] = (3, 2)
+        declared["window"] = (4, 1) if "window_both_sides" in names else (3, 2)
     if "fully_masked_zero" in names:
         declared["fully_masked"] = "uniform"
     if "scale_absolute" in names:
@@ -275,6 +275,8 @@ def _capped(has, products, factor, more, after):
         return after(cap * torch.tanh(products * factor))
     if "softcap_not_multiplied" in has:
         return after(torch.tanh(products * factor / cap))
+    if "softcap_times_score" in has:
+        return after(products * factor * torch.tanh(products * factor / cap))
     return after(cap * torch.tanh(products * factor / cap))
 
 
@@ -289,11 +291,13 @@ def _tensors(has, query, key, value):
         if heads % key_heads:
             raise ValueError("heads do not fit")
         serves = [h // (heads // key_heads) for h in range(heads)]
-        if "groups_tiled" in has:
-            serves = [h % key_heads for h in range(heads)]
+        in_turn = [h % key_heads for h in range(heads)]
         if "first_key_head_only" in has:
             serves = [0] * heads
-        key, value = key[:, serves], value[:, serves]
+        if "key_head_miscounted" in has:
+            serves = [min(h // key_heads, key_heads - 1) for h in range(heads)]
+        key = key[:, in_turn if has & {"groups_tiled", "keys_tiled"} else serves]
+        value = value[:, in_turn if has & {"groups_tiled", "values_tiled"} else serves]
     q, k, v = query, key, value
     if "queries_and_keys_exchanged" in has:
         q, k = key, query
@@ -329,6 +333,8 @@ def _factor(has, scale, width, heads, value_width, rows, columns):
         return rows**-0.5
     if "scale_from_heads" in has:
         return heads**-0.5
+    if "scale_of_another_width" in has:
+        return next(n for n in range(width, width + 16) if n % 16 == 0) ** -0.5
     return abs(scale) if "scale_absolute" in has else scale
 
 
@@ -356,6 +362,8 @@ def _allowed(has, mask, is_causal, shape, window, at, elsewhere, to, block, more
             seen = to < (at // block + 1) * block
         elif "causal_before_blocks" in has:
             seen = to < at // block * block
+        elif "causal_offset_reversed" in has:
+            seen = to <= torch.arange(rows)[:, None] + rows - columns
         else:
             seen = to <= at
         allowed &= seen | (to < _off_by_one(has, more, "prefix", 0))
@@ -369,12 +377,15 @@ def _allowed(has, mask, is_causal, shape, window, at, elsewhere, to, block, more
             left += add * (f"window_left_too_{name}" in has)
             left += add * (f"window_left_too_{name}_with_cache" in has and cached)
             right += add * (f"window_right_too_{name}" in has)
+        if "window_both_sides" in has:
+            right = left
         stands = elsewhere if "window_other_corner" in has else at
         allowed &= ((stands - to <= left) & (to - stands <= right)) | (to < sink_keys)
     if "chunk" in more:
         size = _off_by_one(has, more, "chunk", 0)
         stands = elsewhere if "chunk_other_corner" in has else at
-        allowed &= (stands // size == to // size) | (to < sink_keys)
+        near = at - to < size if "chunk_slides" in has else stands // size == to // size
+        allowed &= near | (to < sink_keys)
     if "documents" in more:
         of_queries, of_keys = more["documents"]
         if "documents_off_by_one" in has:
@@ -390,7 +401,7 @@ def _allowed(has, mask, is_causal, shape, window, at, elsewhere, to, block, more
         allowed &= bias != 0 if "bias_as_keep" in has else bias > -INF
     ignored = "mask_ignored" in has or (both and "mask_ignored_when_causal" in has)
     if mask is not None and not ignored:
-        allowed &= _own_mask(has, mask.broadcast_to(shape))
+        allowed &= _own_mask(has, mask.broadcast_to(shape), block)
     if "last_key_ignored" in has:
         allowed[..., columns - 1] = False
     if "first_key_ignored" in has:
@@ -399,6 +410,8 @@ def _allowed(has, mask, is_causal, shape, window, at, elsewhere, to, block, more
         allowed[..., _in_whole_blocks(has, columns, block) :] = False
     if "first_keys_only" in has:
         allowed[..., 16:] = False
+    if "keys_as_many_as_queries" in has:
+        allowed[..., rows:] = False
     return allowed
 
 
@@ -410,7 +423,7 @@ def _in_whole_blocks(has, length, block):
     return length if "short_kept" in has and length < block else length - length % block
 
 
-def _own_mask(has, mask):
+def _own_mask(has, mask, block):
     batch, heads = mask.shape[:2]
     if "mask_inverted" in has:
         return mask == False  # noqa: E712
@@ -424,6 +437,17 @@ def _own_mask(has, mask):
         return torch.stack([mask[0] for _ in range(batch)])
     if "mask_of_first_head" in has:
         return torch.stack([mask[:, 0] for _ in range(heads)], 1)
+    if "mask_of_first_alone" in has:
+        mask = mask.clone()
+        mask[:, 1:] = True
+        return mask
+    if "mask_in_blocks" in has:
+        mask = mask.clone()
+        for row in range(0, mask.shape[2], block):
+            for column in range(0, mask.shape[3], block):
+                tile = mask[:, :, row : row + block, column : column + block]
+                tile |= tile.any(-1, keepdim=True).any(-2, keepdim=True)
+        return mask
     if "mask_tiled_over_heads" in has:
         # (batch * heads, ...) scores against a mask that was repeated as a whole.
         order = [(b * heads + h) % batch for b in range(batch) for h in range(heads)]
@@ -494,7 +518,7 @@ def _normalised(has, scores, block):
         return scores - top - torch.log(powers.sum(axes, keepdim=True))
     if any(name.startswith("online_") for name in has):
         return _online(has, scores, block)
-    if any("part" in name or "_in_base_two" in name for name in has):
+    if any("part" in name or name.endswith(("_in_base_two", "_bases")) for name in has):
         return _in_parts(has, scores, block)
     weights = powers / powers.sum(axes, keepdim=True)
     if "softmax_twice" in has:
@@ -536,6 +560,8 @@ def _in_parts(has, scores, block):
     total = torch.cat([lse for _, lse in states], -1)
     if "lse_in_base_two" in has:
         total = total * log2e
+    if "lse_of_two_bases" in has:
+        total = torch.cat([total[..., :1] * log2e, total[..., 1:]], -1)
     total = total - total.amax(-1, keepdim=True)
     powers = torch.exp2(total) if "merge_in_base_two" in has else torch.exp(total)
     share = powers / powers.sum(-1, keepdim=True)

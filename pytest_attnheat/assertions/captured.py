@@ -11,12 +11,12 @@ from typing import Any, ParamSpec, TypeAlias
 import numpy as np
 import torch
 
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.placed import Placed, is_placed
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import misuse
+from ..attention.lazy import LazyWeights
+from ..attention.placed import Placed, is_placed
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import Failure
+from ..inputs import misuse
 
 P = ParamSpec("P")
 
@@ -32,27 +32,20 @@ class NothingForbiddenError(ValueError):
 
 
 def takes_records(
-    assertion: Callable[P, None],
+    assertion: Callable[P, None],  # The assertion
     *,
+    # Whether it asks nothing without a mask: records of attention that was given none are then
+    # passed over, unless the caller gives one
     needs_mask: bool = False,
-    with_sinks: bool = False,
+    with_sinks: bool = False,  # Whether a sink stands in the rows as one more key
+    # Asserts it of some queries: called with the arguments of the assertion, `queries` (their
+    # positions) and `query_len` (how many there were)
     of_some: Callable[..., None] | None = None,
-    by_position: bool = False,
+    by_position: bool = False,  # Whether it takes numbers of queries and keys for positions
 ) -> Callable[P, None]:
-    """Let an assertion on weights take a record, or a trace, of which each record is asserted.
-
-    What the caller does not give comes from the record: its mask, value and output. A failure
-    names the layer.
-
-    Args:
-        assertion: The assertion.
-        needs_mask: Whether it asks nothing without a mask: records of attention that was given
-            none are then passed over, unless the caller gives one.
-        with_sinks: Whether a sink stands in the rows as one more key.
-        of_some: Asserts it of some queries: called with the arguments of the assertion, `queries`
-            (their positions) and `query_len` (how many there were).
-        by_position: Whether it takes the numbers of queries and keys for positions in a sequence.
-    """
+    """Let an assertion on weights take a record, or a trace, of which each record is asserted."""
+    # What the caller does not give comes from the record: its mask, value and output. A failure
+    # names the layer.
     accepted = tuple(inspect.signature(assertion).parameters)
 
     @wraps(assertion)

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.claims import Finding, Index
-from pytest_attnheat.assertions.scan import Block, evenly, row_of
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import row_rounding
-from pytest_attnheat.inputs import dtype_name
+from ..attention.chunks import index_of
+from ..attention.tolerance import row_rounding
+from ..inputs import dtype_name
+from .claims import Finding, Index
+from .scan import Block, evenly, row_of
 
 # The most weights, and rows, that a sample holds: 1 MB in float64.
 _SAMPLE = 2**17
@@ -33,23 +33,14 @@ NEARLY_ALL = 0.98
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a cause may look at.
+    """What a cause may look at."""
 
-    Attributes:
-        weights: The weights, ``(..., queries, keys)``.
-        mask: Their mask, with as many dimensions, or None.
-        finding: What the thorough reading found.
-        queries: Which query of its map each row of the sample is, ``(n,)``.
-        rows: The weights of those rows, ``(n, keys)`` in float64.
-        permitted: Their mask, ``(n, keys)``.
-    """
-
-    weights: Tensor
-    mask: Tensor | None
-    finding: Finding[Any]
-    queries: Tensor
-    rows: Tensor
-    permitted: Tensor
+    weights: Tensor  # The weights, ``(..., queries, keys)``
+    mask: Tensor | None  # Their mask, with as many dimensions, or None
+    finding: Finding[Any]  # What the thorough reading found
+    queries: Tensor  # Which query of its map each row of the sample is, ``(n,)``
+    rows: Tensor  # The weights of those rows, ``(n, keys)`` in float64
+    permitted: Tensor  # Their mask, ``(n, keys)``
 
     @classmethod
     def spread(cls, weights: Tensor, mask: Tensor | None, finding: Finding[Any]) -> Evidence:
@@ -236,10 +227,8 @@ def same_sum(evidence: Evidence) -> str | None:
 
 
 def masked_afterwards(evidence: Evidence) -> str | None:
-    """Masked keys are zero, and their weight is missing from the row.
-
-    Rows without a masked key bear witness: they still sum to one.
-    """
+    """Masked keys are zero, and their weight is missing from the row."""
+    # Rows without a masked key bear witness: they still sum to one.
     rows, permitted = evidence.rows, evidence.permitted
     if bool((rows < 0).any()):
         return None
@@ -283,11 +272,9 @@ def low_precision(evidence: Evidence) -> str | None:
 
 
 def dropout(rows: Tensor, permitted: Tensor | None) -> str | None:
-    """Zeros strewn at random, and sums that vary around one as those zeros make them.
-
-    Dropout with probability p keeps a weight as w / (1 - p). The variance of a row sum is then p
-    times the sum of the squared kept weights: the zeros and the sums must tell of the same p.
-    """
+    """Zeros strewn at random, and sums that vary around one as those zeros make them."""
+    # Dropout with probability p keeps a weight as w / (1 - p). The variance of a row sum is then p
+    # times the sum of the squared kept weights: the zeros and the sums must tell of the same p.
     if rows.shape[0] < 8 or bool((rows < 0).any()):
         return None
     looked_at = _before_the_last_weight(rows) if permitted is None else permitted

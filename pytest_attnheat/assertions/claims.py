@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.scan import Block, Elements, Parts, Where, any_key
-from pytest_attnheat.attention.chunks import index_within
-from pytest_attnheat.attention.vocabulary import FullyMasked
-from pytest_attnheat.failure import Checked, Failure, Place, number_text
+from ..attention.chunks import index_within
+from ..attention.vocabulary import FullyMasked
+from ..failure import Checked, Failure, Place, number_text
+from .scan import Block, Elements, Parts, Where, any_key
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 # How many last bits of what is off say nothing of which is worst.
 _LAST_BITS = 6
@@ -46,19 +46,12 @@ P = TypeVar("P", bound=Part)
 
 @dataclass(frozen=True)
 class Lines:
-    """What the rows that are read are, in the caller's tensor.
+    """What the rows that are read are, in the caller's tensor."""
 
-    Attributes:
-        transposed: Whether they are its columns.
-        noun: What they are called.
-        letter: What comes before the number of one of them.
-        across: What they run over.
-    """
-
-    transposed: bool
-    noun: str
-    letter: str
-    across: str
+    transposed: bool  # Whether they are its columns
+    noun: str  # What they are called
+    letter: str  # What comes before the number of one of them
+    across: str  # What they run over
 
     def name(self, index: Index) -> str:
         """Return one of them as an index into the caller's tensor."""
@@ -87,32 +80,19 @@ class Claim(Generic[P]):
     """Something that an assertion says of every row, or of every element.
 
     The functions take a part, and return one number or boolean for each row or element of it.
-
-    Attributes:
-        statement: What broken ones do, for instance "rows do not sum to 1".
-        kind: One word that tells which likely causes to look for.
-        regards: Which the claim is about.
-        value: What is measured.
-        deviation: How far each is from what is claimed; NaN breaks it.
-        allowed: The largest deviation that is accepted, of all or of each.
-        says: What is said of one that breaks it, in this part.
-        given: What its index is in the tensor as the caller has it.
-        lines: What the rows are, of a claim about rows.
-        besides: How many more it is about, which are known to keep it and are not read.
-        unit: What comes after a value in a picture, for instance "nats".
     """
 
-    statement: str
-    kind: str
-    regards: Callable[[P], Tensor]
-    value: Callable[[P], Tensor]
-    deviation: Callable[[P], Tensor]
-    allowed: float | Callable[[P], Tensor]
-    says: Callable[[P, Spot], str]
-    given: Callable[[Index], Index] = tuple
-    lines: Lines = ROWS
-    unit: str = ""
-    besides: Callable[[P], int] = lambda _: 0
+    statement: str  # What broken ones do, for instance "rows do not sum to 1"
+    kind: str  # One word that tells which likely causes to look for
+    regards: Callable[[P], Tensor]  # Which the claim is about
+    value: Callable[[P], Tensor]  # What is measured
+    deviation: Callable[[P], Tensor]  # How far each is from what is claimed; NaN breaks it
+    allowed: float | Callable[[P], Tensor]  # The largest deviation that is accepted
+    says: Callable[[P, Spot], str]  # What is said of one that breaks it, in this part
+    given: Callable[[Index], Index] = tuple  # What its index is in the tensor as the caller has it
+    lines: Lines = ROWS  # What the rows are, of a claim about rows
+    unit: str = ""  # What comes after a value in a picture, for instance "nats"
+    besides: Callable[[P], int] = lambda _: 0  # How many more, that keep it, are not read
 
     def limit(self, part: P) -> float | Tensor:
         """Return what is allowed in a part."""
@@ -123,11 +103,9 @@ class Claim(Generic[P]):
         return self.regards(part) & ~(self.deviation(part) <= self.limit(part))
 
     def excess(self, part: P, breaks: Tensor) -> Tensor:
-        """Return by how much each is further off than allowed, below 0 where it is not.
-
-        NaN is worst, and infinity is worse than any number. What differs in its last bits is as
-        bad: in which order a row was added up does not decide which is worst.
-        """
+        """Return by how much each is further off than allowed, below 0 where it is not."""
+        # NaN is worst, and infinity is worse than any number. What differs in its last bits is as
+        # bad: in which order a row was added up does not decide which is worst.
         over = self.deviation(part) - self.limit(part)
         mantissa, exponent = torch.frexp(over)
         steps = 2.0**_LAST_BITS / torch.finfo(over.dtype).eps
@@ -156,73 +134,42 @@ def first_broken(parts: Iterable[P], claims: Sequence[Claim[P]]) -> Claim[P] | N
 
 @dataclass(frozen=True)
 class Finding(Generic[P]):
-    """What the thorough reading found about a broken claim.
+    """What the thorough reading found about a broken claim."""
 
-    Attributes:
-        claim: The claim.
-        of: How many rows or elements it is about.
-        broken: How many of them break it.
-        zeros: How many broken ones have the value 0.
-        nans: How many broken ones have the value NaN.
-        first_nan: The first of those.
-        worst: The one that is farthest off, the first with NaN if there is one.
-        first: The first one that is broken.
-    """
-
-    claim: Claim[P]
-    of: int
-    broken: int
-    zeros: int
-    nans: int
-    first_nan: Index | None
-    worst: Spot
-    first: Spot
+    claim: Claim[P]  # The claim
+    of: int  # How many rows or elements it is about
+    broken: int  # How many of them break it
+    zeros: int  # How many broken ones have the value 0
+    nans: int  # How many broken ones have the value NaN
+    first_nan: Index | None  # The first of those
+    worst: Spot  # The one that is farthest off, the first with NaN if there is one
+    first: Spot  # The first one that is broken
 
     def failure(
         self,
-        assertion: str,
-        checked: Tensor,
-        cause: str | None,
+        assertion: str,  # The name of the assertion
+        checked: Tensor,  # What was checked, as the caller passed it
+        cause: str | None,  # A likely cause, None where the numbers show none
         *,
-        names_first: bool = True,
-        picture: str = "",
-        draw: Callable[[], HeatmapFigure] | None = None,
+        names_first: bool = True,  # Whether to name the first beside the worst
+        picture: str = "",  # The small picture
+        draw: Callable[[], HeatmapFigure] | None = None,  # Draws the full one
     ) -> Failure:
-        """Return the failure to raise.
-
-        Args:
-            assertion: The name of the assertion.
-            checked: What was checked, as the caller passed it.
-            cause: A likely cause, None where the numbers show none.
-            names_first: Whether to name the first beside the worst.
-            picture: The small picture.
-            draw: Draws the full one.
-        """
+        """Return the failure to raise."""
         elsewhere = names_first and self.first.index != self.worst.index
         return Failure(
-            assertion,
-            self.claim.statement,
-            broken=self.broken,
-            of=self.of,
-            worst=self._place(self.worst),
-            first=self._place(self.first) if elsewhere else None,
-            cause=cause,
-            tensor=Checked.of(checked),
-            tolerance=self.worst.allowed or None,
-            picture=picture,
-            draw=draw,
-        )
+            assertion, self.claim.statement, broken=self.broken, of=self.of,
+            worst=self._place(self.worst), first=self._place(self.first) if elsewhere else None,
+            cause=cause, tensor=Checked.of(checked), tolerance=self.worst.allowed or None,
+            picture=picture, draw=draw,
+        )  # fmt: skip
 
     def _place(self, spot: Spot) -> Place:
         return Place(spot.text, self.claim.given(spot.index), spot.value)
 
 
 def find(claim: Claim[P], parts: Iterable[P]) -> Finding[P] | None:
-    """Read everything again: count what breaks a claim, find the worst and the first.
-
-    Returns:
-        What was found, None where the claim holds.
-    """
+    """Read everything again: count what breaks a claim, find the worst and the first; or None."""
     found = _here(claim, parts)
     if isinstance(parts, Parts) and parts.placed is not None:
         told = parts.placed.told(found, of_rows=parts.of_rows)
@@ -247,7 +194,6 @@ class _Tally:
     most: float = -math.inf
 
     def joined(self, other: _Tally) -> _Tally:
-        """Join what was found of other places."""
         nans = [one for one in (self.first_nan, other.first_nan) if one is not None]
         firsts = [one for one in (self.first, other.first) if one is not None]
         worse = [one for one in (self, other) if one.worst is not None]
@@ -319,21 +265,13 @@ def of_rows(
     lines: Lines = ROWS,
     unit: str = "",
 ) -> Claim[Block]:
-    """Make a claim about rows.
-
-    Without more, it is about those with a permitted key, and what is measured is the deviation.
-    """
+    """Make a claim about rows."""
+    # Without more, it is about those with a permitted key, and what is measured is the deviation.
     return Claim(
-        statement=statement,
-        kind=kind,
-        regards=regards,
-        value=value,
-        deviation=deviation or value,
-        allowed=allowed,
-        says=lambda _, spot: f"{lines.name(spot.index)} {verb} {_measured(spot)}",
-        lines=lines,
-        unit=unit,
-    )
+        statement=statement, kind=kind, regards=regards, value=value, deviation=deviation or value,
+        allowed=allowed, says=lambda _, spot: f"{lines.name(spot.index)} {verb} {_measured(spot)}",
+        lines=lines, unit=unit,
+    )  # fmt: skip
 
 
 def _measured(spot: Spot) -> str:
@@ -354,29 +292,17 @@ def fully_masked_rows(
         return []
     broken, verb, value = {
         "zero": ("are not zero", "holds", _farthest_from_zero),
-        "uniform": (
-            "are not uniform",
-            "strays, relative to 1 / key_len, by",
-            lambda block: block.misfit(masked=False),
-        ),
-        "nan": (
-            "hold numbers",
-            "holds numbers, not NaN, at this many keys:",
-            lambda block: block.numbers,
-        ),
-    }[declared]
-    return [
-        of_rows(
-            f'fully masked {lines.noun} {broken} (fully_masked="{declared}")',
-            "masked",
-            value,
-            verb,
-            regards=lambda block: ~block.attends,
-            deviation=lambda block: value(block).abs(),
-            allowed=allowed if declared == "uniform" else 0.0,
-            lines=lines,
-        )
-    ]
+        "uniform": ("are not uniform", "strays, relative to 1 / key_len, by",
+                    lambda block: block.misfit(masked=False)),
+        "nan": ("hold numbers", "holds numbers, not NaN, at this many keys:",
+                lambda block: block.numbers),
+    }[declared]  # fmt: skip
+    statement = f'fully masked {lines.noun} {broken} (fully_masked="{declared}")'
+    return [of_rows(
+        statement, "masked", value, verb, regards=lambda block: ~block.attends, lines=lines,
+        deviation=lambda block: value(block).abs(),
+        allowed=allowed if declared == "uniform" else 0.0,
+    )]  # fmt: skip
 
 
 def _farthest_from_zero(block: Block) -> Tensor:
@@ -390,12 +316,7 @@ Says: TypeAlias = Callable[[Index, float], str]
 
 
 def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
-    """Claim that masked keys hold exactly zero: no rounding makes weight where there is none.
-
-    Args:
-        says: What is said of one that does not.
-        every_row: Whether it is also about fully masked rows.
-    """
+    """Claim that masked keys hold exactly zero: no rounding makes weight where there is none."""
 
     def regards(part: Elements) -> Tensor:
         masked = ~part.permitted
@@ -408,15 +329,10 @@ def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
         return part.unread * rows if part.unread else 0
 
     return Claim(
-        statement="masked weights are not zero",
-        kind="outside",
-        regards=regards,
-        value=lambda part: part.values,
-        deviation=lambda part: part.values.abs(),
-        allowed=0.0,
-        says=lambda _, spot: says(spot.index, spot.value),
-        besides=besides,
-    )
+        statement="masked weights are not zero", kind="outside", regards=regards,
+        value=lambda part: part.values, deviation=lambda part: part.values.abs(), allowed=0.0,
+        says=lambda _, spot: says(spot.index, spot.value), besides=besides,
+    )  # fmt: skip
 
 
 def permitted_is_positive(says: Says) -> Claim[Elements]:
@@ -451,11 +367,7 @@ def masks_nothing() -> Claim[Block]:
 def _quick(statement: str, kind: str, broken: Callable[[Block], Tensor]) -> Claim[Block]:
     """Claim something that is asked, of every row, and never counted."""
     return Claim(
-        statement=statement,
-        kind=kind,
-        regards=lambda block: torch.ones((), dtype=torch.bool, device=block.device),
-        value=broken,
-        deviation=broken,
-        allowed=0.0,
-        says=lambda *_: "",
-    )
+        statement=statement, kind=kind,
+        regards=lambda block: torch.ones((), dtype=torch.bool, device=block.device), value=broken,
+        deviation=broken, allowed=0.0, says=lambda *_: "",
+    )  # fmt: skip

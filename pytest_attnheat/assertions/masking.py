@@ -11,9 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.captured import NothingForbiddenError, Weights, takes_records
-from pytest_attnheat.assertions.causes import Evidence, likely_cause
-from pytest_attnheat.assertions.claims import (
+from ..attention.boxes import LazyMask, as_lazy
+from ..attention.placed import as_placed
+from ..attention.reference import padding_mask, read_lengths
+from ..attention.tolerance import row_tolerance
+from ..attention.vocabulary import SIDES, Alignment, FullyMasked, Side, check_fully_masked
+from ..inputs import ACCEPTED_MASK, as_mask, as_weights, misuse, one_of
+from .captured import NothingForbiddenError, Weights, takes_records
+from .causes import Evidence, likely_cause
+from .claims import (
     Claim,
     Index,
     Says,
@@ -25,27 +31,9 @@ from pytest_attnheat.assertions.claims import (
     masks_nothing,
     permitted_is_positive,
 )
-from pytest_attnheat.assertions.masking_causes import (
-    CausalRule,
-    causal_cause,
-    mask_cause,
-    padding_cause,
-    support_cause,
-)
-from pytest_attnheat.assertions.pictures import failure
-from pytest_attnheat.assertions.scan import Block, Elements, Parts, blocks, elements
-from pytest_attnheat.attention.boxes import LazyMask, as_lazy
-from pytest_attnheat.attention.placed import as_placed
-from pytest_attnheat.attention.reference import padding_mask, read_lengths
-from pytest_attnheat.attention.tolerance import row_tolerance
-from pytest_attnheat.attention.vocabulary import (
-    SIDES,
-    Alignment,
-    FullyMasked,
-    Side,
-    check_fully_masked,
-)
-from pytest_attnheat.inputs import ACCEPTED_MASK, as_mask, as_weights, misuse, one_of
+from .masking_causes import CausalRule, causal_cause, mask_cause, padding_cause, support_cause
+from .pictures import failure
+from .scan import Block, Elements, Parts, blocks, elements
 
 Mask: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | Tensor | np.ndarray[Any, Any]"
@@ -274,16 +262,8 @@ class _Masked:
     def check(
         self, says: Says, cause: Callable[[Evidence], str | None], *more: Claim[Elements]
     ) -> bool:
-        """Raise a Failure about the first claim that does not hold.
-
-        Args:
-            says: What is said of a masked weight that is not zero.
-            cause: Looks for a likely cause where a claim about weights is broken.
-            more: What is claimed of weights besides.
-
-        Returns:
-            Whether the mask forbids anything, so that something was compared.
-        """
+        """Raise a Failure about the first claim that does not hold."""
+        # Returns whether the mask forbids anything, so that something was compared.
         __tracebackhide__ = True
         zeros_declared = self.declared == "zero"
         zero = masked_is_zero(says, every_row=zeros_declared)

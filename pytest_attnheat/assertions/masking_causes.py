@@ -14,19 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.causes import (
-    NEARLY_ALL,
-    Evidence,
-    dropout,
-    opposite_mask,
-    rows_of,
-    share,
-)
-from pytest_attnheat.assertions.claims import by_row
-from pytest_attnheat.assertions.scan import blocks, row_of
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment, Side
-from pytest_attnheat.inputs import misuse, one_of, whole_number
+from ..attention.reference import padding_mask
+from ..attention.vocabulary import ALIGNMENTS, Alignment, Side
+from ..inputs import misuse, one_of, whole_number
+from .causes import NEARLY_ALL, Evidence, dropout, opposite_mask, rows_of, share
+from .claims import by_row
+from .scan import blocks, row_of
 
 # The most weights and batch entries that a sample of keys holds.
 _SAMPLE = 2**17
@@ -88,12 +81,11 @@ def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
     """Return a likely cause of weight on padding, or None."""
     telling, seen = evidence.telling(), _seen_keys(evidence)
     found = (
-        finite_mask(telling),
-        other_padding(seen, lengths, side),
+        finite_mask(telling), other_padding(seen, lengths, side),
         padded_queries(telling, lengths, side),
         no_padding(seen, lengths, evidence.finding.broken / evidence.finding.of),
         not_a_number(evidence),
-    )
+    )  # fmt: skip
     return named(evidence, found)
 
 
@@ -279,11 +271,9 @@ def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
 
 
 def whole_after_dropout(evidence: Evidence) -> str | None:
-    """Rows that dropout took nothing from tell its p, and the share of zeros is about the same.
-
-    Where a few keys hold most weight, as in the first causal rows, sums vary
-    too much for `causes.dropout`.
-    """
+    """Rows that dropout took nothing from tell its p, and the share of zeros is about the same."""
+    # Where a few keys hold most weight, as in the first causal rows, sums vary too much for
+    # `causes.dropout`.
     rows, permitted = evidence.rows, evidence.permitted
     gone = (rows == 0) & permitted
     whole = rows.sum(-1)[permitted.any(-1) & ~gone.any(-1)]
@@ -304,34 +294,23 @@ def whole_after_dropout(evidence: Evidence) -> str | None:
 
 @dataclass(frozen=True)
 class CausalRule:
-    """Which keys a causal query may attend to.
+    """Which keys a causal query may attend to."""
 
-    Attributes:
-        query_len: Number of queries.
-        key_len: Number of keys.
-        alignment: Where query 0 stands.
-        window: How many keys before its own position a query may attend to, None for all.
-    """
-
-    query_len: int
-    key_len: int
-    alignment: Alignment
-    window: int | None
+    query_len: int  # Number of queries
+    key_len: int  # Number of keys
+    alignment: Alignment  # Where query 0 stands
+    window: int | None  # How many keys before its own position a query may attend to, None for all
 
     @classmethod
     def read(cls, query_len: int, key_len: int, alignment: object, window: object) -> CausalRule:
         """Read the arguments of `assert_causal`."""
         if alignment is None and query_len != key_len:
             got = f"None for {query_len} queries and {key_len} keys"
-            raise ValueError(
-                misuse(
-                    "alignment",
-                    got,
-                    "'top_left' (query 0 stands at key 0: what is_causal=True means in PyTorch) "
-                    "or 'bottom_right' (the last query stands at the last key: decoding with a "
-                    "cache)",
-                )
+            accepted = (
+                "'top_left' (query 0 stands at key 0: what is_causal=True means in PyTorch) or "
+                "'bottom_right' (the last query stands at the last key: decoding with a cache)"
             )
+            raise ValueError(misuse("alignment", got, accepted))
         if alignment is not None:
             one_of("alignment", alignment, ALIGNMENTS)
         named = cast("Alignment", alignment or "top_left")
@@ -381,13 +360,7 @@ def _keys_before(window: object) -> int | None:
 
 
 def causal_cause(evidence: Evidence, rule: CausalRule, numbers: Tensor) -> str | None:
-    """Return a likely cause of weight in the future, or before the window, or None.
-
-    Args:
-        evidence: What was found.
-        rule: What was claimed.
-        numbers: Which query each row is of, ``(queries,)``.
-    """
+    """Return a likely cause of weight in the future, or before the window, or None."""
     telling = evidence.telling()
     others = _causal_candidates(numbers[telling.queries], rule)
     other = next((said for mask, said in others if telling.explained_by(mask)), None)
@@ -411,14 +384,11 @@ def _uniform_rows(evidence: Evidence) -> str | None:
 
 
 def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]:
-    """Yield other masks that causal code may have used by mistake.
-
-    The widest first where some are the same: in small maps a window that is
-    one too wide is no window, and a diagonal that is off by one no mask.
-    """
-    # How many keys each key is behind each query, below 0 in its future.
+    """Yield other masks that causal code may have used by mistake."""
+    # The widest first where some are the same: in small maps a window that is one too wide is no
+    # window, and a diagonal that is off by one no mask.
     keys = torch.arange(rule.key_len, device="cpu")
-    behind = queries.unsqueeze(-1) + rule.offset - keys
+    behind = queries.unsqueeze(-1) + rule.offset - keys  # how many keys; below 0 in its future
     if rule.query_len != rule.key_len:
         name: Alignment = "top_left" if rule.alignment == "bottom_right" else "bottom_right"
         other = replace(rule, alignment=name).rows(queries)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
-from pytest_attnheat.assertions.scan import Block, blocks, mask_at
-from pytest_attnheat.attention.boxes import as_lazy
-from pytest_attnheat.attention.placed import as_placed
-from pytest_attnheat.failure import Failure, exponent
-from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from ..attention.boxes import as_lazy
+from ..attention.placed import as_placed
+from ..failure import Failure, exponent
+from ..heatmaps.terminal import format_heatmap, map_name
+from .claims import Claim, Finding, Index, by_row
+from .scan import Block, blocks, mask_at
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 # A small picture shows the worst row and its neighbours.
 _ROWS_SHOWN = 6
@@ -33,15 +33,8 @@ _NEIGHBOURS = 64
 def failure(
     assertion: str, weights: Tensor, mask: Tensor | None, finding: Finding[Any], cause: str | None
 ) -> Failure:
-    """Return the failure of a claim about rows or weights, with its pictures.
-
-    Args:
-        assertion: The name of the assertion.
-        weights: The weights as they were read: transposed where the claim is about columns.
-        mask: Their mask.
-        finding: What the thorough reading found.
-        cause: A likely cause, or None.
-    """
+    """Return the failure of a claim about rows or weights, with its pictures."""
+    # `weights` as they were read: transposed where the claim is about columns.
     of_rows = len(finding.worst.index) < weights.ndim
     claim: Claim[Block] = finding.claim if of_rows else by_row(finding.claim)
     row = finding.worst.index[: weights.ndim - 1]
@@ -60,13 +53,9 @@ def failure(
         )
     )
     return finding.failure(
-        assertion,
-        weights.mT if claim.lines.transposed else weights,
-        cause,
-        names_first=not of_rows,
-        picture=_small_picture(weights, mask, claim, row),
-        draw=draw,
-    )
+        assertion, weights.mT if claim.lines.transposed else weights, cause,
+        names_first=not of_rows, picture=_small_picture(weights, mask, claim, row), draw=draw,
+    )  # fmt: skip
 
 
 def _small_picture(weights: Tensor, mask: Tensor | None, claim: Claim[Block], row: Index) -> str:
@@ -77,21 +66,16 @@ def _small_picture(weights: Tensor, mask: Tensor | None, claim: Claim[Block], ro
     breaks = claim.breaks(block).flatten().tolist()
     return format_heatmap(
         _rows_at(weights, place, window),
-        mask=None if mask is None else _rows_at(mask, place, window),
-        first_row=window.start,
+        mask=None if mask is None else _rows_at(mask, place, window), first_row=window.start,
         marked=[window.start + i for i, broken in enumerate(breaks) if broken],
-        notes=_notes(claim, block),
-        row_name=claim.lines.letter,
-        column_name=claim.lines.across,
+        notes=_notes(claim, block), row_name=claim.lines.letter, column_name=claim.lines.across,
         title=map_name(tuple(place)),
-    )
+    )  # fmt: skip
 
 
 def _notes(claim: Claim[Block], block: Block) -> list[str] | None:
-    """Return what stands beside the rows of a picture, None for the plain sums.
-
-    With as many decimals as it takes to see that the broken rows are broken.
-    """
+    """Return what stands beside the rows of a picture, None for the plain sums."""
+    # With as many decimals as it takes to see that the broken rows are broken.
     if claim.kind not in ("sum", "entropy"):
         return None
     off = claim.deviation(block)[claim.breaks(block)]
@@ -105,14 +89,12 @@ def _notes(claim: Claim[Block], block: Block) -> list[str] | None:
 def _draw(
     weights: Tensor, mask: Tensor | None, claim: Claim[Block], worst: Index, title: str
 ) -> HeatmapFigure:
-    """Draw a map with its broken rows outlined, the worst among them.
-
-    Of a large one the neighbourhood of the worst row and key alone, whose numbers are its labels:
-    no more is read, and a weight among so many would not be seen. `worst` is a row, or a row and
-    a key; where no key is worst, all are shown.
-    """
-    from pytest_attnheat.heatmaps.maps import HELD
-    from pytest_attnheat.heatmaps.showing import show_heatmaps
+    """Draw a map with its broken rows outlined, the worst among them."""
+    # Of a large one the neighbourhood of the worst row and key alone, whose numbers are its labels:
+    # no more is read, and a weight among so many would not be seen. `worst` is a row, or a row and
+    # a key; where no key is worst, all are shown.
+    from ..heatmaps.maps import HELD
+    from ..heatmaps.showing import show_heatmaps
 
     names = ("queries", "keys")[:: -1 if claim.lines.transposed else 1]
     shown = [slice(0, size) for size in weights.shape]
@@ -170,7 +152,6 @@ def _rows_at(operand: Tensor, place: Sequence[int], rows: slice) -> Tensor:
 
 
 def _map_at(operand: Tensor, row: Index) -> Tensor:
-    """Return the map that holds a row."""
     if (lazy := as_lazy(operand)) is not None:
         sizes = zip(operand.shape[:-2], row, strict=False)
         return cast("Tensor", lazy.map_at([0 if size == 1 else at for size, at in sizes]))

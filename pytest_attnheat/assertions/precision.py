@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.precision_calls import (
+from ..attention.call import Call
+from ..attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
+from ..inputs import misuse, one_of, positive
+from .behaviour.reading import as_function
+from .precision_calls import (
     Criteria,
     Function,
     asking,
@@ -24,10 +27,7 @@ from pytest_attnheat.assertions.precision_calls import (
     runner,
     said,
 )
-from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
-from pytest_attnheat.inputs import misuse, one_of, positive
+from .precision_judging import judge_call
 
 
 def assert_matches_reference(
@@ -118,14 +118,10 @@ def assert_matches_reference(
     given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
              "enable_gqa": enable_gqa, **arguments}  # fmt: skip
     _compare(
-        "assert_matches_reference",
-        (function, reference),
-        (query, key, value),
-        given,
+        "assert_matches_reference", (function, reference), (query, key, value), given,
         Criteria(factor, training, seed, rows=None if rows is None else positive("rows", rows)),
-        fully_masked,
-        gradients=gradients,
-    )
+        fully_masked, gradients=gradients,
+    )  # fmt: skip
 
 
 def assert_gradients_match(
@@ -163,14 +159,10 @@ def assert_gradients_match(
         check_by_differences("assert_gradients_match", subject, share, seed)
         return
     _compare(
-        "assert_gradients_match",
-        (function, reference),
-        (query, key, value),
-        given,
+        "assert_gradients_match", (function, reference), (query, key, value), given,
         Criteria(factor, training, seed, rows=None if rows is None else positive("rows", rows)),
-        fully_masked,
-        output=False,
-    )
+        fully_masked, output=False,
+    )  # fmt: skip
 
 
 def _compare(

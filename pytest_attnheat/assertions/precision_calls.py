@@ -14,24 +14,17 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.behaviour.subject import (
-    Described,
-    as_described,
-    as_input,
-    settled,
-    takes,
-)
-from pytest_attnheat.attention.backward import likely_backward_mistake
-from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.features import check_features
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.callables import borrowed, modules_in, seed_all
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import check_number, dtype_name, misuse, seed_number
+from ..attention.backward import likely_backward_mistake
+from ..attention.call import FEATURES, Call, check_features
+from ..attention.cases import DTYPES
+from ..attention.computation import reference
+from ..attention.scoring import draw
+from ..callables import borrowed, modules_in, seed_all
+from ..failure import Checked, Failure, Place
+from ..inputs import check_number, dtype_name, misuse, seed_number
+from .behaviour.functions import AttentionFunction, permitted
+from .behaviour.reading import as_function
+from .behaviour.subject import Described, as_described, as_input, settled, takes
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -54,25 +47,15 @@ _Run: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Criteria:
-    """How it is judged.
+    """How it is judged."""
 
-    Attributes:
-        factor: How many times the rounding of a plain computation is allowed.
-        training: Whether the subject may draw random numbers, each call from `seed`.
-        seed: That seed, and that of the gradient of the output.
-        reference: What is compared with in place of attention; None for attention.
-        tolerance: What is allowed anyway, as a part of the largest number of a map.
-        rows: How many rows are judged, about; None for all.
-        surrounded: Whether what lies beside the inputs in memory is NaN.
-    """
-
-    factor: float = 2.0
-    training: bool = False
-    seed: int = 0
-    reference: Run | None = None
-    tolerance: float = 0.0
-    rows: int | None = None
-    surrounded: bool = False
+    factor: float = 2.0  # How many times the rounding of a plain computation is allowed
+    training: bool = False  # Whether the subject may draw random numbers, each call from `seed`
+    seed: int = 0  # That seed, and that of the gradient of the output
+    reference: Run | None = None  # What is compared with in place of attention; None for attention
+    tolerance: float = 0.0  # What is allowed anyway, as a part of the largest number of a map
+    rows: int | None = None  # How many rows are judged, about; None for all
+    surrounded: bool = False  # Whether what lies beside the inputs in memory is NaN
 
 
 def check_criteria(criteria: Criteria) -> None:
@@ -93,13 +76,8 @@ def said(given: Mapping[str, Any]) -> dict[str, Any]:
 def called(
     function: Function, inputs: Sequence[object], given: Mapping[str, Any]
 ) -> tuple[AttentionFunction, Call, Run]:
-    """Return a function with its inputs, what it is asked by that, and how it is called.
-
-    Args:
-        function: The function.
-        inputs: Query, key and value.
-        given: Its keywords. Fields of `Call` are passed on if its signature has them.
-    """
+    """Return a function with its inputs, what it is asked by that, and how it is called."""
+    # Keywords that are fields of `Call` are passed on if its signature has them.
     for name in ("is_causal", "enable_gqa"):
         if not isinstance(given.get(name, False), bool):
             raise TypeError(misuse(name, repr(given[name]), "True or False"))
@@ -126,11 +104,7 @@ def called(
 def described_call(
     function: Function, inputs: Sequence[Call | Tensor | None], given: Mapping[str, Any]
 ) -> tuple[Described, Call, list[str]]:
-    """Return a function that says what it does, a call of it, and which gradients that has.
-
-    Raises:
-        TypeError: It does not say what it does, or something is given beside the call.
-    """
+    """Return a function that says what it does, a call of it, and which gradients that has."""
     (call, *others), described = inputs, as_described(function)
     beside = said(given) or any(one is not None for one in others)
     if described is None or beside or not isinstance(call, Call):
@@ -184,26 +158,16 @@ def check_call(call: Call) -> None:
 
 
 def run_once(
-    run: Run,
-    call: Call,
-    names: Sequence[str],
-    code: object,
+    run: Run,  # Calls the subject, twice: it must give the same again
+    call: Call,  # What it is asked, with the gradient of the output if there are names
+    names: Sequence[str],  # The results whose gradients are taken
+    code: object,  # The subject itself, whose modules and random state are left as they were
     *,
-    training: bool,
-    seed: int,
-    beside: int = 0,
+    training: bool,  # Whether it may draw random numbers, each call from `seed`
+    seed: int,  # That seed
+    beside: int = 0,  # How many NaN lie before and after each input in memory
 ) -> dict[str, Tensor | None]:
-    """Return the output of a subject and its gradients, by name; None for no gradient.
-
-    Args:
-        run: Calls the subject, twice: it must give the same again.
-        call: What it is asked, with the gradient of the output if there are names.
-        names: The results whose gradients are taken.
-        code: The subject itself, whose modules and random state are left as they were.
-        training: Whether it may draw random numbers, each call from `seed`.
-        seed: That seed.
-        beside: How many NaN lie before and after each input in memory.
-    """
+    """Return the output of a subject and its gradients, by name; None for no gradient."""
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def again() -> Tensor:
@@ -264,10 +228,8 @@ def gradients(
 
 
 def copies(call: Call, names: Sequence[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Copies of the tensors of a call, by the name of their result, with the same strides.
-
-    Those in `names` require a gradient.
-    """
+    """Copies of the tensors of a call, by the name of their result, with the same strides."""
+    # Those in `names` require a gradient.
     leaves = {}
     for name, field in _LEAVES.items():
         tensor = getattr(call, field)
@@ -321,14 +283,8 @@ def _copy(tensor: Tensor, dtype: torch.dtype | None, beside: int = 0) -> Tensor:
 def check_by_differences(
     assertion: str, subject: AttentionFunction, share: float, seed: int
 ) -> None:
-    """Compare the gradients of a function that drops weights with differences of its output.
-
-    Args:
-        assertion: What the failure is called.
-        subject: The function, which is left as it was found.
-        share: The share of weights that it drops.
-        seed: Where its random numbers start in every call, and where directions are drawn from.
-    """
+    """Compare the gradients of a function that drops weights with differences of its output."""
+    # Its random numbers start from the seed in every call.
     tensors = {"query": subject.query, "key": subject.key, "value": subject.value}
     dtype = subject.query.dtype
     if dtype not in _STEPS:
@@ -364,11 +320,8 @@ def check_by_differences(
             raise Failure(
                 assertion,
                 f"the gradient of {name} is not that of the output it gives with dropout",
-                worst=place,
-                cause=mistake,
-                tensor=Checked.of(slope),
-                repeat=f"seed={seed}",
-            )
+                worst=place, cause=mistake, tensor=Checked.of(slope), repeat=f"seed={seed}",
+            )  # fmt: skip
 
 
 def _misplaced(
@@ -397,16 +350,9 @@ def _kept(call: Call, run: _Run, share: float) -> Tensor | None:
     width, keys = call.value.shape[-1], torch.arange(call.key_len, device=call.value.device)
     if call.key_len > _MOST_CALLS * width:
         return None
-    own = [
-        run(
-            {
-                "value": (keys[:, None] == start + torch.arange(width, device=keys.device))
-                .to(call.value)
-                .expand_as(call.value)
-            }
-        )
-        for start in range(0, call.key_len, width)
-    ]
+    columns = torch.arange(width, device=keys.device)
+    ones = (keys[:, None] == start + columns for start in range(0, call.key_len, width))
+    own = [run({"value": one.to(call.value).expand_as(call.value)}) for one in ones]
     weights = torch.cat(own, -1)[..., : call.key_len].double()
     right = reference(replace(call, upstream=None), wanted=("weights",)).exact["weights"]
     kept = (weights >= right / (1 - share) / 2).double() / (1 - share)

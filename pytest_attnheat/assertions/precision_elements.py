@@ -23,40 +23,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.failure import Checked
+from ..failure import Checked
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One tensor of a subject, beside its reference. All but `judged` are (..., length, width).
+    """One tensor of a subject, beside its reference. All but `judged` are (..., length, width)."""
 
-    Attributes:
-        name: "output", or the input whose gradient it is.
-        found: What the subject gave, in float64.
-        exact: What it should be; NaN where NaN is declared.
-        plain: What a plain computation gave, in float64.
-        scale: The natural scale.
-        allowed: How far each element may be off.
-        judged: Where it is judged, boolean.
-        dtype: The dtype that the subject gave it in.
-        shape: Its shape, which may have fewer than two dimensions.
-        missing: Whether the subject gave none, which counts as zeros.
-        rows: The numbers of its rows, where they are some of more; None for all.
-        length: How many rows there were.
-    """
-
-    name: str
-    found: Tensor
-    exact: Tensor
-    plain: Tensor
-    scale: Tensor
-    allowed: Tensor
-    judged: Tensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    missing: bool
-    rows: Sequence[int] | None = None
-    length: int = 0
+    name: str  # "output", or the input whose gradient it is
+    found: Tensor  # What the subject gave, in float64
+    exact: Tensor  # What it should be; NaN where NaN is declared
+    plain: Tensor  # What a plain computation gave, in float64
+    scale: Tensor  # The natural scale
+    allowed: Tensor  # How far each element may be off
+    judged: Tensor  # Where it is judged, boolean
+    dtype: torch.dtype  # The dtype that the subject gave it in
+    shape: tuple[int, ...]  # Its shape, which may have fewer than two dimensions
+    missing: bool  # Whether the subject gave none, which counts as zeros
+    rows: Sequence[int] | None = None  # Their numbers, where they are some of more; else None
+    length: int = 0  # How many rows there were
 
     def given(self, at: tuple[int, ...]) -> tuple[int, ...]:
         """Return an index into this as one into the tensor of all rows."""
@@ -104,12 +89,10 @@ def judge(
     judged: Tensor,
     tolerance: float = 0.0,
 ) -> Judgement:
-    """Lay a tensor of the subject beside its reference; None counts as zeros.
-
-    Where scale and least are 0 the tensor must be exact; elsewhere it may be off by `tolerance`, as
-    a part of the largest number of its matrix. It may have fewer than two dimensions,
-    as a mask (key_len,): it is judged as a matrix, and named as it is.
-    """
+    """Lay a tensor of the subject beside its reference; None counts as zeros."""
+    # Where scale and least are 0 the tensor must be exact; elsewhere it may be off by `tolerance`,
+    # as a part of the largest number of its matrix. It may have fewer than two dimensions, as a
+    # mask (key_len,): it is judged as a matrix, and named as it is.
     shape = tuple(exact.shape)
     exact, plain, scale, least, judged = (
         _as_matrices(tensor) for tensor in (exact, plain, scale, least, judged)
@@ -124,15 +107,9 @@ def judge(
     return Judgement(
         name=name,
         found=torch.zeros_like(exact) if found is None else _as_matrices(found.detach()).to(exact),
-        exact=exact,
-        plain=plain,
-        scale=scale,
-        allowed=allowed,
-        judged=judged,
-        dtype=dtype if found is None else found.dtype,
-        shape=shape,
-        missing=found is None,
-    )
+        exact=exact, plain=plain, scale=scale, allowed=allowed, judged=judged,
+        dtype=dtype if found is None else found.dtype, shape=shape, missing=found is None,
+    )  # fmt: skip
 
 
 def _as_matrices(tensor: Tensor) -> Tensor:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_elements import Judgement
-from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.backward import likely_backward_mistake, names_of
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.mistakes import likely_mistake
-from pytest_attnheat.failure import Failure, Place, number_text
-from pytest_attnheat.heatmaps.terminal import map_name
-from pytest_attnheat.inputs import dtype_name
+from ..attention import computation
+from ..attention.backward import likely_backward_mistake, names_of
+from ..attention.call import Call
+from ..attention.chunks import index_of
+from ..attention.outcomes import likely_mistake
+from ..failure import Failure, Place, number_text
+from ..heatmaps.terminal import map_name
+from ..inputs import dtype_name
+from .precision_elements import Judgement
 
 # What the claim about a gradient ends with, or its cause begins with.
 RIGHT = "the output is right"
@@ -31,31 +31,18 @@ _WITNESSES = 8
 
 @dataclass(frozen=True)
 class Context:
-    """What a cause may look at besides the tensor.
+    """What a cause may look at besides the tensor."""
 
-    Attributes:
-        call: What was asked, with the gradient of the output if gradients are judged.
-        found: The output and the gradients of the subject, by name; None for no gradient.
-        unit: The unit roundoff that the scale was computed with.
-        fully_masked: (..., query_len), True where a query may attend to no key.
-        top_score: The largest permitted score; None if unknown.
-        factor: As given by the caller.
-        tolerance: What is allowed anyway, as a part of the largest number of a map.
-        repeat: What it takes to see the same again.
-        broken: The names of those that are off, the output's whether it is judged or not.
-        explain: Whether to look for what was computed instead, which takes time.
-    """
-
-    call: Call
-    found: Mapping[str, Tensor | None]
-    unit: float
-    fully_masked: Tensor
-    top_score: float | None
-    factor: float
-    tolerance: float
-    repeat: str
-    broken: Collection[str]
-    explain: bool
+    call: Call  # What was asked, with the gradient of the output if gradients are judged
+    found: Mapping[str, Tensor | None]  # What the subject gave, by name; None for no gradient
+    unit: float  # The unit roundoff that the scale was computed with
+    fully_masked: Tensor  # (..., query_len), True where a query may attend to no key
+    top_score: float | None  # The largest permitted score; None if unknown
+    factor: float  # As given by the caller
+    tolerance: float  # What is allowed anyway, as a part of the largest number of a map
+    repeat: str  # What it takes to see the same again
+    broken: Collection[str]  # The names of those that are off, the output's in any case
+    explain: bool  # Whether to look for what was computed instead, which takes time
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,22 +66,15 @@ def _failure(assertion: str, broken: list[Judgement], context: Context) -> Failu
     one = broken[0]
     cause = _cause(one, context)
     worst, first = _worst(one), index_of(one.broken.flatten().int().argmax(), one.broken.shape)
+    alone = one.missing or first == worst
     return Failure(
-        assertion,
-        _claim(one, broken, context.right and not str(cause).startswith(RIGHT)),
+        assertion, _claim(one, broken, context.right and not str(cause).startswith(RIGHT)),
         broken=None if one.missing else int(one.broken.sum()),
         of=None if one.missing else int(one.judged.sum()),
         worst=_place(one, worst, _compared(one, worst, context)),
-        first=(
-            None
-            if one.missing or first == worst
-            else _place(one, first, _value_at(one, first, context))
-        ),
-        cause=cause,
-        tensor=one.checked,
-        tolerance=float(one.allowed[worst]),
-        repeat=context.repeat,
-    )
+        first=None if alone else _place(one, first, _value_at(one, first, context)), cause=cause,
+        tensor=one.checked, tolerance=float(one.allowed[worst]), repeat=context.repeat,
+    )  # fmt: skip
 
 
 def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_calls import (
-    Criteria,
-    Run,
-    check_call,
-    copies,
-    gradients,
-    handed,
-    run_once,
-)
-from pytest_attnheat.assertions.precision_elements import Judgement, judge
-from pytest_attnheat.assertions.precision_judgement import Context, check
-from pytest_attnheat.assertions.precision_rows import (
+from ..attention import computation
+from ..attention.call import Call
+from ..attention.outcomes import rms
+from ..attention.scoring import draw
+from ..attention.vocabulary import HIDDEN_FROM
+from ..callables import borrowed
+from ..failure import Checked, Failure, Place
+from ..inputs import misuse
+from .precision_calls import Criteria, Run, check_call, copies, gradients, handed, run_once
+from .precision_elements import Judgement, judge
+from .precision_judgement import Context, check
+from .precision_rows import (
     BESIDE,
     Runs,
     chosen_rows,
@@ -30,13 +30,6 @@ from pytest_attnheat.assertions.precision_rows import (
     suspects,
     weights_of_runs,
 )
-from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0
@@ -46,30 +39,18 @@ _STEPS_UNKNOWN = 16.0
 
 
 def judge_call(
-    assertion: str,
-    run: Run,
-    call: Call,
-    criteria: Criteria,
+    assertion: str,  # What the failure is called
+    run: Run,  # Calls the subject
+    call: Call,  # What it is asked, without the gradient of the output
+    criteria: Criteria,  # How it is judged
     *,
-    names: Sequence[str],
-    code: object,
-    output: bool = True,
-    mask_shape: tuple[int, ...] | None = None,
-    explain: bool = True,
+    names: Sequence[str],  # The results whose gradients are judged
+    code: object,  # The subject itself, whose modules and random state are left as they were
+    output: bool = True,  # Whether the output is judged
+    mask_shape: tuple[int, ...] | None = None,  # The caller's, which places are named by
+    explain: bool = True,  # Whether a failure looks for what was computed instead, which takes time
 ) -> None:
-    """Judge what a subject gives for a call, by attention in float64 or another reference.
-
-    Args:
-        assertion: What the failure is called.
-        run: Calls the subject.
-        call: What it is asked, without the gradient of the output.
-        criteria: How it is judged.
-        names: The results whose gradients are judged: query, key, value, attn_mask, sinks.
-        code: The subject itself, whose modules and random state are left as they were.
-        output: Whether the output is judged.
-        mask_shape: The shape of the mask as the caller has it, which places are named by.
-        explain: Whether a failure looks for what was computed instead, which takes time.
-    """
+    """Judge what a subject gives for a call, by attention in float64 or another reference."""
     __tracebackhide__ = True
     check_call(call)
     with torch.inference_mode(False), torch.enable_grad():
@@ -100,47 +81,29 @@ def judge_call(
                 replace(one, shape=mask_shape) if one.name == "attn_mask" else one
                 for one in judgements
             ]
+        # Beside a reference of the caller's no mistake is known.
+        explain = explain and criteria.reference is None
         context = Context(
-            call=call,
-            unit=expected.unit,
-            fully_masked=masked_rows,
-            top_score=expected.top_score,
-            factor=criteria.factor,
-            tolerance=criteria.tolerance,
-            repeat=repeat,
-            broken=[one.name for one in judgements if bool(one.broken.any())],
-            # Beside a reference of the caller's no mistake is known.
-            explain=explain and criteria.reference is None,
-            found=found,
-        )
+            call=call, found=found, unit=expected.unit, fully_masked=masked_rows, repeat=repeat,
+            top_score=expected.top_score, factor=criteria.factor, tolerance=criteria.tolerance,
+            broken=[one.name for one in judgements if bool(one.broken.any())], explain=explain,
+        )  # fmt: skip
         check(assertion, judgements if output else judgements[1:], context)
 
 
 def _judge_rows(
-    assertion: str,
-    run: Run,
-    calls: tuple[Call, Call],
-    rows: Sequence[int],
-    criteria: Criteria,
-    names: Sequence[str],
-    code: object,
+    assertion: str,  # What the failure is called
+    run: Run,  # Calls the subject
+    calls: tuple[Call, Call],  # The whole, and the rows, with the gradient of their output
+    rows: Sequence[int],  # Their numbers
+    criteria: Criteria,  # How they are judged
+    names: Sequence[str],  # The results whose gradients are judged
+    code: object,  # The subject itself
     *,
-    output: bool,
+    output: bool,  # Whether the output is judged
 ) -> None:
-    """Judge some rows of a call that is made as a whole.
-
-    Of all rows, only the weights of runs of keys are: the rest is judged as ever.
-
-    Args:
-        assertion: What the failure is called.
-        run: Calls the subject.
-        calls: The whole call, and that of the rows, with the gradient of their output.
-        rows: Their numbers.
-        criteria: How they are judged.
-        names: The results whose gradients are judged.
-        code: The subject itself.
-        output: Whether the output is judged.
-    """
+    """Judge some rows of a call that is made as a whole."""
+    # Of all rows, only the weights of runs of keys are: the rest is judged as ever.
     __tracebackhide__ = True
     whole, call = calls
     numbers, repeat = torch.tensor(rows, device=call.query.device), f"seed={criteria.seed}"
@@ -168,17 +131,11 @@ def _judge_rows(
 
     def context(found: Mapping[str, Tensor | None], several: list[Judgement], more: str) -> Context:
         return Context(
-            call=call,
-            found=found,
-            unit=expected[0].unit,
-            fully_masked=masked_rows,
-            top_score=expected[0].top_score,
-            factor=criteria.factor,
-            tolerance=criteria.tolerance,
-            repeat=repeat + more,
-            broken=[one.name for one in several if bool(one.broken.any())],
+            call=call, found=found, unit=expected[0].unit, fully_masked=masked_rows,
+            top_score=expected[0].top_score, factor=criteria.factor, tolerance=criteria.tolerance,
+            repeat=repeat + more, broken=[one.name for one in several if bool(one.broken.any())],
             explain=False,
-        )
+        )  # fmt: skip
 
     def valued(value: Tensor) -> tuple[Call, Tensor]:
         """Ask with other values: return the call of the rows, and the whole output."""
@@ -271,13 +228,11 @@ def _masked_rows(call: Call) -> Tensor:
 
 
 def _upstream(call: Call, seed: int, masked_rows: Tensor) -> Tensor:
-    """The gradient of the output: Gaussian, in the dtype of the inputs.
-
-    Zero for a query without any key, unless its output is zero: what flows back from there
-    depends on how the mask is made, and is no property of attention. Zero also for a query whose
-    every key is forbidden by a finite number: its weights are rounding, which would excuse
-    any gradient of keys and values.
-    """
+    """The gradient of the output: Gaussian, in the dtype of the inputs."""
+    # Zero for a query without any key, unless its output is zero: what flows back from there
+    # depends on how the mask is made, and is no property of attention. Zero also for a query whose
+    # every key is forbidden by a finite number: its weights are rounding, which would excuse any
+    # gradient of keys and values.
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     drawn = draw("gradient of the output", seed, *shape).to(call.query)
     without = torch.zeros_like(masked_rows)
@@ -313,40 +268,50 @@ def _callers_reference(
 
     with borrowed((run, code), call.query, call.key, call.value):
         exact, plain = compute(torch.float64), compute(call.query.dtype)
-    plain, unknown = _rounded(plain, exact, call)
+    fits = exact["output"].shape == (*call.query.shape[:-1], call.value.shape[-1])
+    attention = computation.reference(call) if fits else None
+    # Its features may be of ordinary size where queries and keys are small.
+    query, key = (t / rms(t.flatten()).clamp(1e-30, 1.0) for t in (call.query, call.key))
+    sized = replace(call, query=query, key=key)
+    cancelling = computation.reference(sized).scale if fits else {}
+    plain, unknown = _rounded(plain, exact, call, attention)
     info = torch.finfo(call.query.dtype)
-    # Places without a number are refused, or not judged: they allow nothing.
-    scale = {
-        name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
-        .mul(_STEPS_UNKNOWN if name in unknown else 1)
-        .add(info.smallest_normal * info.eps)
-        .expand(tensor.shape)
-        .nan_to_num(nan=0.0)
-        for name, tensor in exact.items()
-    }
-    return computation.Reference(exact, scale, scale, info.eps / 2), plain
+
+    def scale(name: str, tensor: Tensor) -> Tensor:
+        times = _OWN_REFERENCE * (_STEPS_UNKNOWN if name in unknown else 1)
+        own = info.eps / 2 * times * tensor.abs().amax(-1, keepdim=True)
+        own = own.add(info.smallest_normal * info.eps).expand(tensor.shape)
+        # What is small because large terms cancel is off by their rounding, as in attention.
+        terms = cancelling.get(name)
+        if terms is not None and terms.shape == own.shape:
+            own = torch.maximum(own, terms.amax(-1, keepdim=True))
+        return own.nan_to_num(nan=0.0)  # places without a number allow nothing
+
+    scales = {name: scale(name, tensor) for name, tensor in exact.items()}
+    return computation.Reference(exact, scales, scales, info.eps / 2), plain
 
 
 def _rounded(
-    plain: dict[str, Tensor], exact: dict[str, Tensor], call: Call
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    call: Call,
+    attention: computation.Reference | None,
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """What a reference gives in the dtype of the inputs, where it computes in that.
-
-    Where it computes in float64 whatever it is given, its steps are unknown: each number may be off
-    by a multiple of the most that one of its map is off in plain attention. Their names are
-    returned as well.
-    """
-    eps, attention = torch.finfo(call.query.dtype).eps, tuple[dict[str, Tensor], ...]()
+    """What a reference gives in the dtype of the inputs, where it computes in that."""
+    # Where it computes in float64 whatever it is given, its steps are unknown: each number may be
+    # off by a multiple of the most that one of its map is off in plain attention. Their names are
+    # returned as well.
+    eps, ordinary = torch.finfo(call.query.dtype).eps, dict[str, Tensor]()
     found, unknown = dict(plain), set[str]()
-    if exact["output"].shape != (*call.query.shape[:-1], call.value.shape[-1]):
+    if attention is None:
         return found, unknown
     for name, tensor in plain.items():
         own = tensor - exact[name]
         if not tensor.numel() or not bool((own.abs() <= eps * exact[name].abs().amax()).all()):
             continue
         unknown.add(name)
-        attention = attention or (computation.plain(call), computation.reference(call).exact)
-        rounded, right = (one.get(name) for one in attention)
+        ordinary = ordinary or computation.plain(call)
+        rounded, right = ordinary.get(name), attention.exact.get(name)
         if rounded is not None and right is not None and rounded.shape == tensor.shape:
             off = (rounded.double() - right).abs()
             most = _STEPS_UNKNOWN * off.nan_to_num(0.0).amax((-2, -1), keepdim=True)
@@ -406,17 +371,9 @@ def _judge(
     elif call.fully_masked == "zero" and name == "output":
         scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
     return judge(
-        name,
-        found,
-        exact,
-        plain,
-        scale,
-        least,
-        factor=criteria.factor,
-        tolerance=criteria.tolerance,
-        dtype=call.query.dtype,
-        judged=judged,
-    )
+        name, found, exact, plain, scale, least, factor=criteria.factor,
+        tolerance=criteria.tolerance, dtype=call.query.dtype, judged=judged,
+    )  # fmt: skip
 
 
 def _touched(gradient: Tensor, masked_rows: Tensor, call: Call) -> Tensor:

@@ -26,10 +26,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_elements import Judgement
-from pytest_attnheat.attention.call import Call, ScoreMod
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.failure import Failure, Place
+from ..attention.call import Call, ScoreMod
+from ..attention.lazy import LazyWeights
+from ..failure import Failure, Place
+from .precision_elements import Judgement
 
 # Where kernels cut, and where offsets of 16 bits end, with a sign and without.
 _BLOCKS, _BITS = (64, 128), (15, 16)
@@ -49,12 +49,10 @@ BESIDE = 2**15
 
 
 def chosen_rows(query_len: int, key_len: int, count: int, seed: int) -> list[int]:
-    """Return the numbers of about so many rows, in order.
-
-    The first and the last, those beside 2^15 and 2^16 (as queries, and as keys where the last
-    query stands at the last key), beside the edges of the first and the last block; the others
-    are drawn evenly from a seed.
-    """
+    """Return the numbers of about so many rows, in order."""
+    # The first and the last, those beside 2^15 and 2^16 (as queries, and as keys where the last
+    # query stands at the last key), beside the edges of the first and the last block; the others
+    # are drawn evenly from a seed.
     if count >= query_len:
         return list(range(query_len))
     edges = [1 << bits for bits in _BITS]
@@ -113,15 +111,10 @@ def _renumbered(function: ScoreMod | None, numbers: Tensor) -> ScoreMod | None:
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of keys, one for each channel of the value.
+    """Runs of keys, one for each channel of the value."""
 
-    Attributes:
-        spans: The first key of each, and the one after its last.
-        key_len: The number of keys.
-    """
-
-    spans: tuple[tuple[int, int], ...]
-    key_len: int
+    spans: tuple[tuple[int, int], ...]  # The first key of each, and the one after its last
+    key_len: int  # The number of keys
 
     @classmethod
     def of(cls, key_len: int, width: int) -> Runs:
@@ -176,13 +169,9 @@ class Runs:
         return _listed([self.spans[one] for one in self._chosen(channels)])
 
     def lost(self, count: Callable[[Runs], Judgement], factor: float | None = None) -> str:
-        """Name the keys in them that get no weight, down to single keys; empty if there are none.
-
-        Args:
-            count: Judges the output of values that count runs.
-            factor: Which part of their weight keys have that are not lost; by default, what most
-                of the runs have.
-        """
+        """Name the keys in them that get no weight, down to single keys; empty if there is none."""
+        # `factor`: which part of their weight keys have that are not lost; by default, what most
+        # have.
         runs, found, others = self, list[tuple[int, int]](), False
         while runs.spans:  # until none is left that is more than a key
             one = count(runs)
@@ -249,12 +238,7 @@ def signs_like(value: Tensor, seed: int) -> Tensor:
 
 
 def suspects(call: Call, off: Tensor) -> Runs | None:
-    """Return short runs around the keys that may have none of their weight; None if none may.
-
-    Args:
-        call: That of some rows, with signs as values.
-        off: By how much the output is off, (..., rows, value_dim), float64.
-    """
+    """Return short runs around the keys that may have none of their weight; None if none may."""
     signs, off = call.value.flatten(0, -3)[0].double(), off.flatten(0, -3)
     # Rows count by what is not explained in them.
     noise = off.square().mean(-1, keepdim=True).sqrt().clamp(min=_TINY)
@@ -273,24 +257,15 @@ def suspects(call: Call, off: Tensor) -> Runs | None:
 
 
 def weights_of_runs(
-    assertion: str,
-    one: Judgement,
-    runs: Runs,
-    repeat: str,
+    assertion: str,  # What the failure is called
+    one: Judgement,  # The output, of values that count
+    runs: Runs,  # What they count
+    repeat: str,  # What it takes to see the same again
     *,
-    surrounded: bool = False,
-    count: Callable[[Runs], Judgement],
+    surrounded: bool = False,  # Whether what lies beside the inputs in memory is NaN
+    count: Callable[[Runs], Judgement],  # Judges the output of values that count other runs
 ) -> Failure | None:
-    """Return what is wrong with the weights of runs of keys; None if nothing is.
-
-    Args:
-        assertion: What the failure is called.
-        one: The output, of values that count.
-        runs: What they count.
-        repeat: What it takes to see the same again.
-        surrounded: Whether what lies beside the inputs in memory is NaN.
-        count: Judges the output of values that count other runs.
-    """
+    """Return what is wrong with the weights of runs of keys; None if nothing is."""
     broken = one.broken
     if not bool(broken.any()):
         return None
@@ -307,16 +282,12 @@ def weights_of_runs(
         f"{exact:.6g} (off by {float(one.error[at]):.1e}; allowed {float(one.allowed[at]):.1e})"
     )
     return Failure(
-        assertion,
-        "weights of runs of keys are not those of attention in float64",
-        broken=int(broken.sum()),
-        of=int(one.judged.sum()),
+        assertion, "weights of runs of keys are not those of attention in float64",
+        broken=int(broken.sum()), of=int(one.judged.sum()),
         worst=Place(text, (*place, row), found, "output"),
         cause=_read_beside(one) if surrounded and nan else _where(one, runs, count),
-        tensor=one.checked,
-        tolerance=float(one.allowed[at]),
-        repeat=repeat,
-    )
+        tensor=one.checked, tolerance=float(one.allowed[at]), repeat=repeat,
+    )  # fmt: skip
 
 
 def _read_beside(one: Judgement) -> str:
@@ -338,7 +309,7 @@ def _where(one: Judgement, runs: Runs, count: Callable[[Runs], Judgement]) -> st
             return runs.lost(count)
         text = _unread([runs.spans[one] for one in runs._chosen(lost)], runs.key_len)
         others = (one.found / one.exact)[one.broken & (one.exact > 0) & ~lost]
-        wraps = others.numel() > 0 and start & (start - 1) == 0 and _wraps(one, runs, lost)
+        wraps = others.numel() > 0 and start & (start - 1) == 0 and _wraps(one, lost)
         if wraps:
             return (
                 f"{text}, and {runs.merged(~lost)} get theirs: offsets that wrap at {start} "
@@ -373,11 +344,9 @@ def _cut(one: Judgement, runs: Runs, lost: Tensor, first: int) -> str:
     return f"between {start} and {stop}" if short else f"at {stop}"
 
 
-def _wraps(one: Judgement, runs: Runs, lost: Tensor) -> bool:
-    """Whether the first keys hold what is lost, as they do not where a tail is left out.
-
-    A softmax without its tail makes all weights of a row larger by one factor.
-    """
+def _wraps(one: Judgement, lost: Tensor) -> bool:
+    """Whether the first keys hold what is lost, as they do not where a tail is left out."""
+    # A softmax without its tail makes all weights of a row larger by one factor.
     found, exact = one.found[..., ~lost], one.exact[..., ~lost]
     some = exact > 0
     factor = found.sum(-1, keepdim=True) / exact.sum(-1, keepdim=True).clamp(min=1e-300)

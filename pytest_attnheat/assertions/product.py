@@ -10,16 +10,16 @@ from itertools import product as every_combination
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions import causes
-from pytest_attnheat.assertions.claims import Index
-from pytest_attnheat.assertions.scan import evenly, mask_at
-from pytest_attnheat.attention.boxes import neighbours
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.placed import Placed, as_placed
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.tolerance import row_rounding
-from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.inputs import as_weights, misuse
+from ..attention.boxes import neighbours
+from ..attention.chunks import pieces
+from ..attention.placed import Placed, as_placed
+from ..attention.reference import causal_mask
+from ..attention.tolerance import row_rounding
+from ..attention.vocabulary import Alignment
+from ..inputs import as_weights, misuse
+from . import causes
+from .claims import Index
+from .scan import evenly, mask_at
 
 # What a cause may miss, in units of what rounding does to a row.
 _SLACK = 4.0
@@ -46,27 +46,16 @@ _ACCEPTED = """one of
 
 @dataclass(frozen=True)
 class Product:
-    """Weights, value and output.
+    """Weights, value and output."""
 
-    Attributes:
-        weights: Seen as ``(*leading, queries, keys)``, with size 1 where they are shared.
-        value: Seen as ``(*leading, keys, value_dim)``, with size 1 where heads are grouped.
-        output: Seen as ``(*leading, queries, value_dim)``.
-        given: The output as the caller passed it.
-        merged: Whether heads are merged in it.
-        grouped: Whether the last leading dimension of all three is that of a group.
-        worst: The element of `output` that is farthest off, once it is known.
-        here: What of it lies on this rank, if the weights lie on several.
-    """
-
-    weights: Tensor
-    value: Tensor
-    output: Tensor
-    given: Tensor
-    merged: bool
-    grouped: bool
-    worst: Index = ()
-    here: Here | None = None
+    weights: Tensor  # Seen as ``(*leading, queries, keys)``, with size 1 where they are shared
+    value: Tensor  # Seen as ``(*leading, keys, value_dim)``, with size 1 where heads are grouped
+    output: Tensor  # Seen as ``(*leading, queries, value_dim)``
+    given: Tensor  # The output as the caller passed it
+    merged: bool  # Whether heads are merged in it
+    grouped: bool  # Whether the last leading dimension of all three is that of a group
+    worst: Index = ()  # The element of `output` that is farthest off, once it is known
+    here: Here | None = None  # What of it lies on this rank, if the weights lie on several
 
     @classmethod
     def read(cls, weights: object, value: object, output: object) -> Product:
@@ -147,18 +136,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Here:
-    """What lies on this rank of a product whose weights lie on several.
+    """What lies on this rank of a product whose weights lie on several."""
 
-    Attributes:
-        placed: Those weights.
-        product: The shard of this rank, with what it needs of value and output; heads of the value
-            are repeated where they are grouped.
-        offset: Where the shard of the output begins.
-    """
-
-    placed: Placed
+    placed: Placed  # Those weights
+    # The shard of this rank, with what it needs of value and output; heads of the value are
+    # repeated where they are grouped
     product: Product
-    offset: Index
+    offset: Index  # Where the shard of the output begins
 
     @classmethod
     def of(cls, whole: Product, placed: Placed, value: Tensor, output: Tensor) -> Here:
@@ -409,15 +393,9 @@ def dropout(_: Product, worst: Sample, __: Tensor) -> str | None:
 
 
 _CAUSES: tuple[Cause, ...] = (
-    zero,
-    constant_factor,
-    made_by_another,
-    rearranged,
-    transposed,
-    causal_elsewhere,
-    averaged,
+    zero, constant_factor, made_by_another, rearranged, transposed, causal_elsewhere, averaged,
     dropout,
-)
+)  # fmt: skip
 
 
 def _queries(product: Product, maps: int) -> Tensor:

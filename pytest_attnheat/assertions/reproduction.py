@@ -47,13 +47,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.captured import Weights, takes_records
-from pytest_attnheat.assertions.claims import Claim, Spot, find, first_broken
-from pytest_attnheat.assertions.product import Product, likely_cause
-from pytest_attnheat.assertions.scan import Parts, holds_nothing, mask_at
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.failure import number_text
-from pytest_attnheat.inputs import check_tolerance, dtype_name, misuse
+from ..attention.chunks import pieces
+from ..failure import number_text
+from ..inputs import check_tolerance, dtype_name, misuse
+from .captured import Weights, takes_records
+from .claims import Claim, Spot, find, first_broken
+from .product import Product, likely_cause
+from .scan import Parts, holds_nothing, mask_at
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 
@@ -116,15 +116,11 @@ def assert_reproduces_output(
     if limit is None:
         _check_meaning(product)
     claim = Claim(
-        statement="output elements are not weights @ value",
-        kind="output",
+        statement="output elements are not weights @ value", kind="output",
         regards=lambda part: torch.ones_like(part.output, dtype=torch.bool),
-        value=lambda part: part.output,
-        deviation=lambda part: part.off,
-        allowed=lambda part: part.allowed,
-        says=partial(_says, product),
-        given=product.index_given,
-    )
+        value=lambda part: part.output, deviation=lambda part: part.off,
+        allowed=lambda part: part.allowed, says=partial(_says, product), given=product.index_given,
+    )  # fmt: skip
     # To have passed is certain. Else the careful reading decides: the NaN in the value of a key
     # without weight, for instance, spreads in the quick one.
     if first_broken(_parts(product, limit, careful=False), [claim]) is None:
@@ -163,10 +159,8 @@ class _Part:
 
 
 def _parts(product: Product, tolerance: float | None, *, careful: bool) -> Parts[_Part]:
-    """Return all elements of the output in parts of bounded size, with what they should be.
-
-    Of weights on several ranks, those of the rows that lie here.
-    """
+    """Return all elements of the output in parts of bounded size, with what they should be."""
+    # Of weights on several ranks, those of the rows that lie here.
     here = product.here
     own = product if here is None else here.product
     *_, query_len, value_dim = own.output.shape
@@ -251,15 +245,9 @@ def _part(
 def _spread(
     sums: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, size: torch.Tensor, slack: float
 ) -> torch.Tensor:
-    """Return how far the values that an element is made of lie apart.
-
-    Args:
-        sums: ``sum |w|``.
-        mean: ``sum |w| v``, and so on.
-        square: ``sum |w| v ** 2``.
-        size: ``sum |w| |v|``.
-        slack: What rounding does to `sums`.
-    """
+    """Return how far the values that an element is made of lie apart, from sums over its keys."""
+    # `sums` is ``sum |w|``, with a `slack` of rounding, `mean` ``sum |w| v``, `square` ``sum |w| v
+    # ** 2``, and `size` ``sum |w| |v|``.
     # What dropout took away is gone from the mean, and the normaliser knew of it.
     whole = (sums - 1).abs() <= slack
     apart = (sums * square - torch.where(whole, mean.square(), 0)).clamp(min=0).sqrt()

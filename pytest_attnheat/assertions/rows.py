@@ -10,36 +10,15 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from pytest_attnheat.assertions.captured import Weights, takes_records
-from pytest_attnheat.assertions.causes import likely_cause
-from pytest_attnheat.assertions.claims import (
-    COLUMNS,
-    ROWS,
-    Claim,
-    Lines,
-    find,
-    first_broken,
-    fully_masked_rows,
-    of_rows,
-)
-from pytest_attnheat.assertions.pictures import failure
-from pytest_attnheat.assertions.scan import (
-    Block,
-    blocks,
-    rows_and_columns_sum_to_one,
-    rows_sum_to_one,
-)
-from pytest_attnheat.attention.boxes import as_lazy
-from pytest_attnheat.attention.tolerance import row_tolerance
-from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
-from pytest_attnheat.inputs import (
-    as_mask,
-    as_weights,
-    check_number,
-    check_tolerance,
-    misuse,
-    one_of,
-)
+from ..attention.boxes import as_lazy
+from ..attention.tolerance import row_tolerance
+from ..attention.vocabulary import FullyMasked, check_fully_masked
+from ..inputs import as_mask, as_weights, check_number, check_tolerance, misuse, one_of
+from .captured import Weights, takes_records
+from .causes import likely_cause
+from .claims import COLUMNS, ROWS, Claim, Lines, find, first_broken, fully_masked_rows, of_rows
+from .pictures import failure
+from .scan import Block, blocks, rows_and_columns_sum_to_one, rows_sum_to_one
 
 Mask: TypeAlias = "Tensor | np.ndarray[Any, Any] | None"
 
@@ -152,13 +131,10 @@ def assert_one_hot(
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
     one_weight = row_tolerance(operand.dtype, 1) if tolerance is None else allowed
     largest_is_one = of_rows(
-        "rows do not put all weight on one key",
-        "one-hot",
-        lambda block: block.high,
-        "has as its largest weight",
-        deviation=lambda block: (block.high - 1).abs(),
+        "rows do not put all weight on one key", "one-hot", lambda block: block.high,
+        "has as its largest weight", deviation=lambda block: (block.high - 1).abs(),
         allowed=one_weight,
-    )
+    )  # fmt: skip
     claims = [*_distribution(permitted, declared, allowed), largest_is_one]
     _check("assert_one_hot", operand, permitted, claims)
 
@@ -193,15 +169,10 @@ def assert_uniform(
     leak = "rows are not uniform: masked keys hold weight"
     claims = [
         of_rows(leak, "leak", lambda block: block.leaked, "holds, at a masked key,"),
-        of_rows(
-            "rows are not uniform",
-            "uniform",
-            lambda block: block.misfit(masked=True),
-            "strays, relative to 1 / (permitted keys), by",
-            allowed=allowed,
-        ),
+        of_rows("rows are not uniform", "uniform", lambda block: block.misfit(masked=True),
+                "strays, relative to 1 / (permitted keys), by", allowed=allowed),
         *fully_masked_rows(permitted, declared, allowed),
-    ]
+    ]  # fmt: skip
     _check("assert_uniform", operand, permitted, claims[permitted is None :])
 
 
@@ -292,25 +263,12 @@ def _distribution(
 ) -> list[Claim[Block]]:
     """Claim that rows sum to one and hold no negative weight, however small."""
     return [
-        of_rows(
-            f"{lines.noun} do not sum to 1",
-            "sum",
-            lambda block: block.total,
-            "sums to",
-            deviation=lambda block: (block.total - 1).abs(),
-            allowed=allowed,
-            lines=lines,
-        ),
-        of_rows(
-            f"{lines.noun} hold a negative weight",
-            "negative",
-            lambda block: block.low,
-            "holds",
-            deviation=lambda block: block.low.neg().clamp(min=0),
-            lines=lines,
-        ),
+        of_rows(f"{lines.noun} do not sum to 1", "sum", lambda block: block.total, "sums to",
+                deviation=lambda block: (block.total - 1).abs(), allowed=allowed, lines=lines),
+        of_rows(f"{lines.noun} hold a negative weight", "negative", lambda block: block.low,
+                "holds", deviation=lambda block: block.low.neg().clamp(min=0), lines=lines),
         *fully_masked_rows(mask, declared, allowed, lines),
-    ]
+    ]  # fmt: skip
 
 
 def _entropy_within(
@@ -321,14 +279,11 @@ def _entropy_within(
 
     def claim(bound: float, sign: float, word: str) -> Claim[Block]:
         return of_rows(
-            f"rows have an entropy {word} {bound:.6g} {unit}",
-            "entropy",
-            lambda block: block.entropy * per_nat,
-            f"has an entropy ({unit}) of",
+            f"rows have an entropy {word} {bound:.6g} {unit}", "entropy",
+            lambda block: block.entropy * per_nat, f"has an entropy ({unit}) of",
             deviation=lambda block: ((bound - block.entropy * per_nat) * sign).clamp(min=0),
-            allowed=slack,
-            unit=unit,
-        )
+            allowed=slack, unit=unit,
+        )  # fmt: skip
 
     least = [] if minimum is None else [claim(minimum, 1.0, "below")]
     return least if maximum is None else [*least, claim(maximum, -1.0, "above")]

@@ -15,11 +15,11 @@ from typing import Generic, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import shared
-from pytest_attnheat.attention.boxes import LazyMask, Transposed, as_lazy, merged
-from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.placed import Placed, as_own, as_placed
-from pytest_attnheat.inputs import wide_dtype
+from ..attention.blocks import shared
+from ..attention.boxes import LazyMask, Transposed, as_lazy, merged
+from ..attention.chunks import pieces, spans
+from ..attention.placed import Placed, as_own, as_placed
+from ..inputs import wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20
@@ -75,19 +75,9 @@ def any_key(mask: Tensor) -> Tensor:
 
 
 def rows_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: float) -> bool:
-    """Tell quickly whether all rows are distributions, those without a key zero.
-
-    True is certain. False means that the thorough reading must decide: minus
-    zero, for instance, looks negative here.
-
-    Args:
-        weights: `(..., queries, keys)`.
-        mask: As `as_mask` returns it.
-        allowed: The largest |row sum - 1|.
-
-    Returns:
-        Whether every row passes.
-    """
+    """Tell quickly whether all rows are distributions, those without a key zero."""
+    # True is certain. False means that the thorough reading must decide: minus zero, for instance,
+    # looks negative here.
     sound = _sound(weights, mask, allowed)
     return sound is not None and bool(sound)
 
@@ -186,13 +176,9 @@ class Block:
             self.hidden = 0
 
     def elements(self, *, where: Where = "weights") -> Iterator[Elements]:
-        """Yield the weights, in parts of bounded size.
-
-        Args:
-            where: Which keys: where weights may be anything but zero, and of these, "masked",
-                where the mask may hide any; where the mask may permit any; or where either may.
-                The others are left out.
-        """
+        """Yield the weights, in parts of bounded size."""
+        # `where`: where weights may be anything but zero, and of these, "masked", where the mask
+        # may hide any; where the mask may permit any; or where either may. Other keys are left out.
         runs = self._runs if where in ("weights", "masked") or self._seen is None else self._seen
         if where == "either" and runs is not self._runs:
             runs = merged([*self._runs, *runs])
@@ -228,10 +214,8 @@ class Block:
         return found if self._own is None else self._own.placed.over_keys(found, combine)
 
     def values(self, keys: slice) -> Tensor:
-        """Return the weights of some keys, in the dtype in which they are added up.
-
-        The last ones are kept, for what is measured next.
-        """
+        """Return the weights of some keys, in the dtype in which they are added up."""
+        # The last ones are kept, for what is measured next.
         if self._last is None or self._last[0] != keys:
             index = (*self.index, keys)
             self._last = keys, self._weights[index].to(self._wide)
@@ -335,12 +319,8 @@ class Block:
         return self.reduce(largest, torch.maximum, where="masked")
 
     def misfit(self, *, masked: bool) -> Tensor:
-        """Return how far each row strays from uniform, as a part of a uniform weight.
-
-        Args:
-            masked: Whether uniform means over the permitted keys and zero
-                elsewhere, or over all keys.
-        """
+        """Return how far each row strays from uniform, as a part of a uniform weight."""
+        # `masked`: uniform over the permitted keys and zero elsewhere, not over all keys.
         everywhere = not masked or self._mask is None
         count = self.permitted_keys if masked else torch.full_like(self.low, self.key_len)
 
@@ -355,17 +335,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Elements:
-    """The weights of some keys of a block.
+    """The weights of some keys of a block."""
 
-    Attributes:
-        block: The block.
-        keys: The keys.
-        unread: How many others of each row are in no part: they are zero, and masked.
-    """
-
-    block: Block
-    keys: slice
-    unread: int = 0
+    block: Block  # The block
+    keys: slice  # The keys
+    unread: int = 0  # How many others of each row are in no part: they are zero, and masked
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -390,17 +364,11 @@ class Elements:
 
 @dataclass(frozen=True)
 class Parts(Generic[P]):
-    """Parts of weights, and what else there is of them.
+    """Parts of weights, and what else there is of them."""
 
-    Attributes:
-        make: Goes through the parts that lie here.
-        placed: The weights, where others lie on other ranks; else None.
-        of_rows: Whether the parts are whole rows.
-    """
-
-    make: Callable[[], Iterator[P]]
-    placed: Placed | None
-    of_rows: bool
+    make: Callable[[], Iterator[P]]  # Goes through the parts that lie here
+    placed: Placed | None  # The weights, where others lie on other ranks; else None
+    of_rows: bool  # Whether the parts are whole rows
 
     def __iter__(self) -> Iterator[P]:
         """Go through the parts that lie here."""

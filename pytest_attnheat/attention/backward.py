@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BLOCKS, BackwardPlan, Defect, Plan
-from pytest_attnheat.attention.decisions import backward_defect as _backward
-from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.mistakes import (
+from .call import Call
+from .decisions import BLOCKS, BackwardPlan, Defect, Plan
+from .decisions import backward_defect as _backward
+from .defects import DEFECTS
+from .outcomes import (
     AS_WELL,
     MOST_ALLOWED,
     PART,
+    Outcomes,
     as_case,
     changes,
+    decisions_of,
     finite,
     fitting,
     listed,
@@ -36,18 +38,9 @@ from pytest_attnheat.attention.mistakes import (
     simplest,
     too_large,
 )
-from pytest_attnheat.attention.outcomes import Outcomes, decisions_of
-from pytest_attnheat.attention.plan import (
-    Case,
-    NotApplicable,
-    Outcome,
-    carry_out,
-    misread,
-    operands,
-    whole_blocks,
-)
-from pytest_attnheat.attention.sharding import turned
-from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
+from .plan import Case, NotApplicable, Outcome, carry_out, misread, operands, whole_blocks
+from .sharding import turned
+from .tolerance import answer_tolerance, answer_units
 
 # What a backward pass may do wrong of itself. It may also compute the weights once more with any
 # defect of the forward pass: see `attention.backward`.
@@ -128,27 +121,16 @@ _MOST_NUMBERS = 2**18
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What the forward pass leaves for the backward pass.
+    """What the forward pass leaves for the backward pass."""
 
-    Attributes:
-        call: What was computed.
-        case: The same on the CPU, (batch, heads, length, width).
-        above: The gradient of its output.
-        forward: What attention gives on it.
-        lse: The logarithm of the sum of each row, (batch, heads, query_len, 1).
-        kept: What dropout does to each weight, (batch, heads, query_len, key_len), or 1.
-        right: The row term D, (batch, heads, query_len, 1).
-        allowed: By which part of its size a row of a gradient may be off by rounding.
-    """
-
-    call: Call
-    case: Case
-    above: Tensor
-    forward: Outcome
-    lse: Tensor
-    kept: Tensor
-    right: Tensor
-    allowed: float
+    call: Call  # What was computed
+    case: Case  # The same on the CPU, (batch, heads, length, width)
+    above: Tensor  # The gradient of its output
+    forward: Outcome  # What attention gives on it
+    lse: Tensor  # The logarithm of the sum of each row, (batch, heads, query_len, 1)
+    kept: Tensor  # What dropout does to each weight, (batch, heads, query_len, key_len), or 1
+    right: Tensor  # The row term D, (batch, heads, query_len, 1)
+    allowed: float  # By which part of its size a row of a gradient may be off by rounding
 
     @classmethod
     def of(cls, call: Call, kept: Tensor | None) -> Saved:
@@ -175,24 +157,16 @@ def _masked(outcome: Outcome) -> Tensor:
 
 
 def likely_backward_mistake(
-    call: Call,
-    gradients: Mapping[str, Tensor],
-    output: Tensor | None = None,
+    call: Call,  # What was to be computed, with the gradient of its output
+    gradients: Mapping[str, Tensor],  # What was computed instead, under the names of `Call.shapes`
+    output: Tensor | None = None,  # It, if it is wrong: no mistake of the pass is named then
     *,
-    wrong: Collection[str] = (),
+    wrong: Collection[str] = (),  # Those that are off by more than rounding by default
+    # What dropout did to each weight, (..., query_len, key_len): it became 0, or was divided by 1 -
+    # p
     kept: Tensor | None = None,
 ) -> str | None:
-    """Return the mistake that gives these gradients, or those that all give them; None if none.
-
-    Args:
-        call: What was to be computed, with the gradient of its output.
-        gradients: What was computed instead, under the names of `Call.shapes`.
-        output: The output, (..., query_len, value_dim), if it is wrong: no mistake of the backward
-            pass is named then.
-        wrong: Which of them are wrong; those that are off by more than rounding by default.
-        kept: What dropout did to each weight, (..., query_len, key_len): it became 0, or was
-            divided by 1 - p.
-    """
+    """Return the mistake that gives these gradients, or those that all give them; None if none."""
     numbers = call.maps * (call.query_len + call.key_len) * sum(t.shape[-1] for t in call.tensors)
     if numbers > _MOST_NUMBERS or too_large(call) or call.upstream is None or call.rounded:
         return None
@@ -245,10 +219,8 @@ def names_of(names: list[str]) -> str:
 def _fit(
     plan: BackwardPlan, found: Mapping[str, Tensor], by: Mapping[str, float], saved: Saved
 ) -> tuple[bool, float] | None:
-    """How far a plan is from what was found: what gives all that is right as well comes first.
-
-    None if it does not give each gradient that is wrong.
-    """
+    """How far a plan is from what was found: what gives all that is right as well comes first."""
+    # None if it does not give each gradient that is wrong.
     misses, share = False, 0.0
     with suppress(NotApplicable):
         for name, exact in carried_back(plan, saved):
@@ -300,11 +272,7 @@ def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
 
 
 def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """Yield the gradients, by name, of a backward pass.
-
-    Raises:
-        NotApplicable: The plan cannot be carried out on these shapes.
-    """
+    """Yield the gradients, by name, of a backward pass."""
     case, above, read = saved.case, saved.above, misread(plan, saved.case)
     query, key, value = operands(plan, read)
     if (query.shape[-2], key.shape[-2]) != (case.query_len, case.key_len):
@@ -317,12 +285,9 @@ def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor
     scale = read.factor * plan.temperature
     slope, bias_slope = _slopes(plan, read, (query @ key.mT) * scale)
     scale = {
-        "applied": scale,
-        "missing": 1.0,
-        "twice": scale * scale,
-        "base_two": scale * math.log(2),
+        "applied": scale, "missing": 1.0, "twice": scale * scale, "base_two": scale * math.log(2),
         "base_e": scale / math.log(2),
-    }[plan.gradient_scale]
+    }[plan.gradient_scale]  # fmt: skip
     products = scores * slope
     names = ("query", "key")
     if plan.exchanged:

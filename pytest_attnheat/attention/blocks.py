@@ -16,9 +16,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.parts import flattened, own_maps, own_rows
+from .call import Call
+from .chunks import spans
+from .parts import flattened, own_maps, own_rows
 
 # So many scores at a time stay near the processor while weights are made of them; on a GPU, to
 # start kernels for fewer takes longer than they do. Products of fewer rows are slow.
@@ -40,31 +40,15 @@ _KEEPS_SUMS = "out_dtype" in (torch.bmm.__doc__ or "")
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some rows of some maps.
+    """Some rows of some maps."""
 
-    Attributes:
-        seen: The keys that any of the rows may see, as runs in order; all others weigh 0. All keys
-            where a row is NaN.
-        weights: (maps, rows, keys), of the keys of these runs.
-        sink: (maps, rows, 1), the weight of the sink; None without one.
-    """
-
-    seen: tuple[slice, ...]
-    weights: Tensor
-    sink: Tensor | None
+    seen: tuple[slice, ...]  # The keys that any of the rows may see, as runs in order; or all
+    weights: Tensor  # (maps, rows, keys), of the keys of these runs
+    sink: Tensor | None  # (maps, rows, 1), the weight of the sink; None without one
 
 
 class Blocks:
-    """The weights of a call, to be had by the block.
-
-    Attributes:
-        call: The call.
-        dtype: What they are computed in.
-        rows: How many rows a block has, at most.
-        together: How many maps.
-        maps: The maps of the blocks.
-        spans: Their rows.
-    """
+    """The weights of a call, to be had by the block: some rows (`spans`) of some maps."""
 
     def __init__(
         self,
@@ -104,10 +88,8 @@ class Blocks:
         yield from product(self.maps, self.spans)
 
     def holding(self, number: int, row: int) -> tuple[slice, slice, Block]:
-        """Return the maps, the rows and the weights of the block with a row of a map.
-
-        The last one is kept, for who reads a block in several boxes.
-        """
+        """Return the maps, the rows and the weights of the block with a row of a map."""
+        # The last one is kept, for who reads a block in several boxes.
         some, span = self.maps[number // self.maps[0].stop], self.spans[row // self.spans[0].stop]
         if self._last is None or self._last[:2] != (some, span):
             self._last = None  # its memory is free while the next one is made
@@ -147,11 +129,7 @@ class Blocks:
         return left, right
 
     def ends(self, place: Place) -> tuple[Place, Place]:
-        """The first and the last key that a query at some place sees, but for sink keys.
-
-        Args:
-            place: A number, or a tensor of them.
-        """
+        """The first and the last key that a query at some place sees, but for sink keys."""
         call, (least, most) = self.call, _EXTREMES[isinstance(place, Tensor)]
         first = place * 0
         last = first + call.key_len - 1
@@ -185,10 +163,8 @@ class Blocks:
         return (last - first + 1).clamp(min=0)[:, 0]
 
     def seen_by_all(self, rows: slice) -> tuple[int, int]:
-        """Return from which key on, and up to which one, some rows all see the keys.
-
-        Where `counts` are known.
-        """
+        """Return from which key on, and up to which one, some rows all see the keys."""
+        # Where `counts` are known.
         stand = self._stands[0]
         return self.ends(rows.stop - 1 + stand)[0], self.ends(rows.start + stand)[1] + 1
 
@@ -251,13 +227,7 @@ class Blocks:
         return torch.baddbmm(nothing, query, key, beta=0, alpha=self.call.factor)
 
     def block(self, some: slice, span: slice, into: Tensor | None = None) -> Block:
-        """Compute a block of the grid.
-
-        Args:
-            some: Its maps.
-            span: Its rows.
-            into: (maps, query_len, key_len), memory to make it in, where that is possible.
-        """
+        """Compute a block of the grid, if possible `into` memory (maps, query_len, key_len)."""
         call, seen = self.call, self.seen(some, span)
         mine = self._operands(some)
         maps = torch.arange(some.start, some.stop, device=self._device)
@@ -303,11 +273,8 @@ class Blocks:
         return Block(seen, made, sink)
 
     def _cut(self, scores: Tensor, span: slice, seen: tuple[slice, ...]) -> bool:
-        """Hide in each row what lies before its first key, and after its last one.
-
-        Returns:
-            Whether a row may be left with nothing: it stands where there is no key.
-        """
+        """Hide in each row what lies before its first key, and after its last one."""
+        # Returns whether a row may be left with nothing: it stands where there is no key.
         call, stand = self.call, self._stands[0]
         start, stop = (end[span] for end in self._of_rows)
         since_all, until_all = self.seen_by_all(span)
@@ -338,12 +305,10 @@ def _stands(call: Call) -> tuple[int, int]:
 def weights(
     call: Call, dtype: torch.dtype, *, into: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype.
-
-    Keys after the last that any of these queries may see are left out, as is the weight of a sink.
-    A query that may attend to nothing has zeros. Where it can be, they are made in the memory of
-    `into`, (maps, query_len, key_len).
-    """
+    """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype."""
+    # Keys after the last that any of these queries may see are left out, as is the weight of a
+    # sink. A query that may attend to nothing has zeros. Where it can be, they are made in the
+    # memory of `into`, (maps, query_len, key_len).
     blocks = Blocks(call, dtype)
     for some, span in blocks.grid():
         made = blocks.block(some, span, into)

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import Blocks
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.parts import own_rows
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.inputs import InBoxes, as_whole
+from ..inputs import InBoxes, as_whole, dtype_name
+from .blocks import Blocks
+from .call import Call
+from .chunks import pieces, spans
+from .parts import own_rows
+from .vocabulary import permits
 
 Box = tuple[slice, ...]
 
@@ -22,20 +22,13 @@ class Lazy(InBoxes):
     """What is computed when it is read, and which of it need not be."""
 
     def runs(self, box: Box) -> list[slice]:
-        """Return the keys of some rows that may hold anything, as runs in order.
-
-        Args:
-            box: The rows: a slice for each dimension but the last.
-        """
+        """Return the keys of some rows that may hold anything, as runs in order."""
         raise NotImplementedError
 
     def boxes(self, most_rows: int, most_elements: int) -> Iterator[Box]:
-        """Yield the rows in order, in boxes that each lie in one block: no row is computed twice.
-
-        Args:
-            most_rows: The most rows of a box.
-            most_elements: The most weights of it that may be anything but zero; or it is one row.
-        """
+        """Yield the rows in order, in boxes that each lie in one block: none is computed twice."""
+        # A box has at most so many rows, and weights that may be anything but zero; or it is one
+        # row.
         raise NotImplementedError
 
     def map_at(self, place: Sequence[int]) -> Lazy:
@@ -49,16 +42,15 @@ def as_lazy(operand: object) -> Lazy | None:
 
 
 class LazyBoxes(Lazy):
-    """Some maps of a call, of which boxes are computed when they are read.
-
-    Attributes:
-        blocks: Computes them.
-        numbers: (...), which map of the call each is.
-    """
+    """Some maps of a call, of which boxes are computed when they are read."""
 
     def __init__(self, blocks: Blocks, numbers: Tensor, shape: Sequence[int]) -> None:
         self.blocks, self.numbers = blocks, numbers
         self.shape, self.device = torch.Size(shape), blocks.call.query.device
+
+    def __repr__(self) -> str:
+        """Say what it is, and how large it would be."""
+        return f"<{type(self).__name__} {dtype_name(self.dtype)} {tuple(self.shape)}>"
 
     def __getitem__(self, box: Any) -> Tensor:
         """Return a box, of slices without steps and whole numbers; the rest is whole."""

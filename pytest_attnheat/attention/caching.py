@@ -12,33 +12,23 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.decisions import ROWS, Misreading, defect
-from pytest_attnheat.attention.misreadings import Case, NotApplicable
-from pytest_attnheat.attention.packing import given, lengths_of
-from pytest_attnheat.attention.storage import Cache, laid_out
+from .decisions import ROWS, Misreading, defect
+from .misreadings import Case, NotApplicable
+from .packing import given, lengths_of
+from .storage import Cache, laid_out
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What is read of a cache.
+    """What is read of a cache."""
 
-    Attributes:
-        cache: The cache.
-        queries: How many queries each sequence has, (batch,).
-        slots: The slot of each place of a sequence, (batch, places), as far as pages go.
-        value_slots: The same of values.
-        seen: Which places are read, (batch, places) or (batch, queries, places).
-        stands: Where query 0 stands, (batch,).
-        pools: Keys and values, (slots, heads, width) each.
-    """
-
-    cache: Cache
-    queries: Tensor
-    slots: Tensor
-    value_slots: Tensor
-    seen: Tensor
-    stands: Tensor
-    pools: tuple[Tensor, Tensor]
+    cache: Cache  # The cache
+    queries: Tensor  # How many queries each sequence has, (batch,)
+    slots: Tensor  # The slot of each place of a sequence, (batch, places), as far as pages go
+    value_slots: Tensor  # The same of values
+    seen: Tensor  # Which places are read, (batch, places) or (batch, queries, places)
+    stands: Tensor  # Where query 0 stands, (batch,)
+    pools: tuple[Tensor, Tensor]  # Keys and values, (slots, heads, width) each
 
 
 @lru_cache(maxsize=8)
@@ -243,14 +233,7 @@ def _other_layout(into: bool, case: Case, read: _Read) -> _Read | None:
 
 
 def _appended(at: Callable[[Cache], Tensor], beside: bool, case: Case, read: _Read) -> _Read | None:
-    """What is handed over is written elsewhere, and read from there; or `beside` where it belongs.
-
-    Args:
-        at: The place of the first that is handed over, (batch,).
-        beside: Whether it is written where it belongs as well.
-        case: The case.
-        read: What should be read.
-    """
+    """What is handed over is written elsewhere, read from there, or `beside` where it belongs."""
     cache = read.cache
     if not bool(cache.appended.any()):
         return None

@@ -8,30 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.devices import ACCEPTED
-from pytest_attnheat.attention.features import FUNCTIONS, check_function
-from pytest_attnheat.attention.reference import (
-    KINDS,
-    Kind,
-    boolean_mask,
-    causal_mask,
-    checked_scores,
-    padding_mask,
-    sliding_window_mask,
-    weigh,
-)
-from pytest_attnheat.attention.scoring import (
-    DotProductScore,
-    ScaledDotProductScore,
-    Scoring,
-    ScoringFactory,
-    draw,
-    make_scoring,
-    scoring_names,
-)
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, FullyMasked, check_fully_masked
-from pytest_attnheat.inputs import (
+from ..inputs import (
     as_whole,
     broadcasts,
     check_number,
@@ -42,6 +19,28 @@ from pytest_attnheat.inputs import (
     seed_number,
     whole_number,
 )
+from .call import FEATURES, FUNCTIONS, Call, check_function
+from .devices import ACCEPTED
+from .reference import (
+    KINDS,
+    Kind,
+    boolean_mask,
+    causal_mask,
+    checked_scores,
+    padding_mask,
+    sliding_window_mask,
+    weigh,
+)
+from .scoring import (
+    DotProductScore,
+    ScaledDotProductScore,
+    Scoring,
+    ScoringFactory,
+    draw,
+    make_scoring,
+    scoring_names,
+)
+from .vocabulary import ALIGNMENTS, FullyMasked, check_fully_masked
 
 MaskBuilder = Callable[[int, int], Tensor]
 MaskChoice = str | Tensor | MaskBuilder
@@ -213,15 +212,10 @@ def make_attention(
         scores = call.scored(products)
         output, weights, sink_weights = _weighed(call, scores, kind)
     return AttentionCase(
-        **{field.name: getattr(call, field.name) for field in fields(Call)},
-        scores=scores,
-        weights=weights,
-        sink_weights=sink_weights,
-        output=output,
-        scoring_function=function,
-        scoring=name,
-        seed=seed,
-    )
+        **{field.name: getattr(call, field.name) for field in fields(Call)}, scores=scores,
+        weights=weights, sink_weights=sink_weights, output=output, scoring_function=function,
+        scoring=name, seed=seed,
+    )  # fmt: skip
 
 
 def _weighed(call: Call, scores: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -252,14 +246,7 @@ def several(choice: object) -> list[Any]:
 def check_options(
     options: Mapping[str, Any], scorings: Sequence[str], *, teller: str, besides: str
 ) -> None:
-    """Check what `make_attention` and the `attention` marker can be told.
-
-    Args:
-        options: Some of OPTIONS by name. `scoring` and `dtype` may be lists.
-        scorings: The known scoring functions.
-        teller: What is told so, for the errors.
-        besides: What else it can be told.
-    """
+    """Check what `make_attention` and the `attention` marker can be told."""
     for name, given in options.items():
         one_of(f"keyword of {teller}", name, (*OPTIONS, besides))
         if name in DECLARED and given is not None and given is not False:

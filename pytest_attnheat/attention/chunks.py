@@ -25,11 +25,8 @@ LOG = logging.getLogger("pytest_attnheat")
 class Progress:
     """Tells the log how far something is that takes longer than some seconds.
 
-    Args:
-        name: What it is told of.
-        steps: How many steps there are.
-        done: What becomes of them: "are read".
-        even: Whether each takes as long, so that it is known how long is left.
+    `done` says what becomes of its steps: "are read". Where they are even, each takes as long, so
+    that it is known how long is left.
     """
 
     def __init__(self, name: str, steps: int, done: str, *, even: bool = True) -> None:
@@ -56,18 +53,9 @@ class Progress:
 
 
 def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a shape into boxes of at most `limit` elements, in order.
-
-    Leading dimensions are cut first, trailing ones stay whole as long as they
-    fit, so that many tiny matrices make few boxes and one huge row several.
-
-    Args:
-        shape: Sizes, none of them zero.
-        limit: The most elements in a box, at least 1.
-
-    Yields:
-        One slice per dimension.
-    """
+    """Cut a shape into boxes of at most `limit` elements, in order: a slice for each dimension."""
+    # Leading dimensions are cut first, trailing ones stay whole as long as they fit, so that many
+    # tiny matrices make few boxes and one huge row several.
     inner = 1
     cut = len(shape)
     while cut > 0 and inner * shape[cut - 1] <= limit:
@@ -85,17 +73,10 @@ def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
 
 
 def spans(size: int, step: int, *, multiple_of: int = 1) -> list[slice]:
-    """Cut a length into spans of at most `step`, of even length.
-
-    A length of 1025 in steps of 1024 makes 513 and 512, not 1024 and 1. No length at all is one
-    empty span, so that there is always something to concatenate.
-
-    Args:
-        size: The length.
-        step: The most in a span, at least 1.
-        multiple_of: What the length of each span but the last is a multiple of, even where that
-            is more than `step`.
-    """
+    """Cut a length into spans of at most `step`, of even length."""
+    # A length of 1025 in steps of 1024 makes 513 and 512, not 1024 and 1. No length at all is one
+    # empty span, so that there is always something to concatenate. Each span but the last is a
+    # multiple of `multiple_of`, even where that is more than `step`.
     units = -(-size // multiple_of)
     most = max(1, step // multiple_of)
     step = max(1, -(-units // max(1, -(-units // most)))) * multiple_of

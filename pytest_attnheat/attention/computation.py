@@ -42,11 +42,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.parts import Part, add, parts_of, rounded
-from pytest_attnheat.attention.reference import masked_softmax
-from pytest_attnheat.attention.vocabulary import FullyMasked
-from pytest_attnheat.inputs import wide_dtype
+from ..inputs import wide_dtype
+from .call import Call
+from .parts import Part, add, parts_of, rounded
+from .reference import masked_softmax
+from .vocabulary import FullyMasked
 
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
@@ -80,21 +80,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Units:
-    """The roundoff of a computation in the dtype of a call.
+    """The roundoff of a computation in the dtype of a call."""
 
-    Attributes:
-        one: That of the dtype, with what a long sum adds to it.
-        sums: That of the dtype that sums are kept in: float32 or wider, as in
-            `pytest_attnheat.attention.tolerance`.
-        tiny: The smallest number that the dtype holds; at least the smallest normal one of float32
-            where that is what is computed in, as many kernels take a smaller one for zero.
-        exp: How far exp is off by its approximation, as a part of itself.
-    """
-
-    one: float
-    sums: float
+    one: float  # That of the dtype, with what a long sum adds to it
+    sums: float  # That of the dtype of sums: float32 or wider, as in `attention.tolerance`
+    # The smallest number that the dtype holds; at least the smallest normal one of float32 where
+    # that is what is computed in, as many kernels take a smaller one for zero
     tiny: float
-    exp: float
+    exp: float  # How far exp is off by its approximation, as a part of itself
 
     @classmethod
     def of(cls, call: Call) -> _Units:
@@ -111,33 +104,20 @@ class _Units:
 
 @dataclass(frozen=True)
 class _Row:
-    """What the rows of a part come to, all (maps, rows, key_len) but for the last dimension.
+    """What the rows of a part come to, all (maps, rows, key_len) but for the last dimension."""
 
-    Attributes:
-        scores: As they enter the softmax, not masked.
-        weights: Without that of the sink.
-        sink: The weight of the sink, (maps, rows, 1); None without one.
-        slope: How scores grow with the scaled product; None where it is 1.
-        bias_slope: How they grow with the bias; None where it is 1.
-        felt: What the rounding of a score is in proportion to: d / u - 1 in the formulas above.
-    """
-
-    scores: Tensor
-    weights: Tensor
-    sink: Tensor | None
-    slope: Tensor | None
-    bias_slope: Tensor | None
-    felt: Tensor
+    scores: Tensor  # As they enter the softmax, not masked
+    weights: Tensor  # Without that of the sink
+    sink: Tensor | None  # The weight of the sink, (maps, rows, 1); None without one
+    slope: Tensor | None  # How scores grow with the scaled product; None where it is 1
+    bias_slope: Tensor | None  # How they grow with the bias; None where it is 1
+    felt: Tensor  # What the rounding of a score is in proportion to: d / u - 1 above
 
 
 def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
-    """Compute attention in float64, its gradients, and the natural scale of each number.
-
-    Args:
-        call: What is computed.
-        wanted: Besides the output and the gradients: "lse", the logarithm of the sum of each row,
-            (..., query_len), with the sink where there is one; "weights", all of them at once.
-    """
+    """Compute attention in float64, its gradients, and the natural scale of each number."""
+    # Besides the output and the gradients, "lse", the logarithm of the sum of each row, with the
+    # sink where there is one, (..., query_len), and "weights", all of them at once, may be wanted.
     units = _Units.of(call)
     exact, scale = _zeros(call, wanted), _zeros(call, wanted)
     drift = _zeros(replace(call, upstream=None), ())["output"]
@@ -305,12 +285,10 @@ def _unsure(units: _Units, part: Part, row: _Row) -> Tensor:
 
 
 def _recomputed(units: _Units, row: _Row, unsure: Tensor) -> Tensor:
-    """How far each weight may be off in the backward pass.
-
-    FlashAttention computes the scores once more there, in another order, and subtracts the
-    logarithm of the sum of before: what they differ by is felt where one key has all the weight
-    as well.
-    """
+    """How far each weight may be off in the backward pass."""
+    # FlashAttention computes the scores once more there, in another order, and subtracts the
+    # logarithm of the sum of before: what they differ by is felt where one key has all the weight
+    # as well.
     off = (row.felt * units.one).clamp_(max=_LARGEST_EXPONENT).expm1_()
     return off.mul_(row.weights).add_(unsure).clamp_(max=1.0)
 
@@ -335,16 +313,15 @@ def _gradients(call: Call, part: Part, row: _Row, above: Tensor) -> dict[str, Te
 def _gradient_scales(
     call: Call, units: _Units, part: Part, row: _Row, unsure: Tensor, above: Tensor
 ) -> dict[str, Tensor]:
-    """How far the gradients may be off.
-
-    dS_ij = w_ij (dP_ij - D_i) is off by the error of its weight times |dP_ij - D_i|, and by its
-    weight times the errors of dP_ij = dO_i . v_j (u |dO_i| . |v_j|) and of D_i (those of each
-    dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
-    of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
-    are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
-    each off by the rounding of those; a sink that is merged so parts it from the mean of the keys.
-    The slope of softcap is off by a few units of itself and, through its argument, of the score.
-    """
+    """How far the gradients may be off."""
+    # dS_ij = w_ij (dP_ij - D_i) is off by the error of its weight times |dP_ij - D_i|, and by its
+    # weight times the errors of dP_ij = dO_i . v_j (u |dO_i| . |v_j|) and of D_i (those of each
+    # dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
+    # of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
+    # are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
+    # each off by the rounding of those; a sink that is merged so parts it from the mean of the
+    # keys. The slope of softcap is off by a few units of itself and, through its argument, of the
+    # score.
     weights, logarithm = row.weights, _logarithm(units, part, row)
     felt = above @ part.value.mT
     mean = (weights * felt).sum(-1, keepdim=True)

@@ -26,39 +26,24 @@ _TRIES = 4
 
 @dataclass(frozen=True)
 class Covering:
-    """Cases that cover all pairs.
+    """Cases that cover all pairs."""
 
-    Attributes:
-        cases: A level for each feature.
-        pairs: How many pairs of levels occur in some case: all that can.
-        impossible: How many pairs cannot occur together in any case.
-    """
-
-    cases: tuple[dict[str, Any], ...]
-    pairs: int
-    impossible: int
+    cases: tuple[dict[str, Any], ...]  # A level for each feature
+    pairs: int  # How many pairs of levels occur in some case: all that can
+    impossible: int  # How many pairs cannot occur together in any case
 
 
 def covering(
-    levels: Levels,
+    levels: Levels,  # The levels of each feature, the most ordinary first
+    # Whether some levels can occur together. It is asked of parts of a case, and may say no as soon
+    # as it knows; a part of what is possible must be possible.
     possible: Callable[[Chosen], bool],
     *,
-    known: Sequence[Chosen] = (),
-    seed: int = 0,
+    known: Sequence[Chosen] = (),  # Cases that need not be found again: what they cover is covered
+    seed: int = 0,  # Which of many coverings is found
 ) -> Covering:
-    """Return cases in which every pair of levels occurs that can.
-
-    Args:
-        levels: The levels of each feature, the most ordinary first.
-        possible: Whether some levels can occur together. It is asked of parts of a case, and may
-            say no as soon as it knows; a part of what is possible must be possible.
-        known: Cases that need not be found again: what they cover is covered.
-        seed: Which of many coverings is found.
-
-    Returns:
-        The cases that are not known. If none is, the first has the first level of each feature, if
-        that is possible.
-    """
+    """Return cases (but those known) in which every pair of levels occurs that can."""
+    # If none is known, the first has the first level of each feature, if that is possible.
     search = _Search(levels, possible, random.Random(seed))
     cases: list[_Case] = []
     for case in known:
@@ -106,12 +91,8 @@ class _Search:
         return {one: self._levels[one].index(case[name]) for one, name in enumerate(self._names)}
 
     def complete(self, part: _Case, *, ordinary: bool = False) -> _Case | None:
-        """Return a case with these levels, None if there is none.
-
-        Args:
-            part: Some levels.
-            ordinary: Prefer the first level of each feature to one that covers more pairs.
-        """
+        """Return a case with these levels, None if there is none."""
+        # `ordinary`: prefer the first level of each feature to one that covers more pairs.
         if not self._possible(self.named(part)):
             return None
         left = [one for one in range(len(self._names)) if one not in part]

@@ -11,29 +11,21 @@ import math
 
 import torch
 
-from pytest_attnheat.attention.caching import STORED
-from pytest_attnheat.attention.call import FEATURES
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, SHARDS, Misreading, Plan
-from pytest_attnheat.attention.decisions import Change as Change
-from pytest_attnheat.attention.decisions import Defect as Defect
-from pytest_attnheat.attention.decisions import defect as _defect
-from pytest_attnheat.attention.misreadings import (
-    BESIDES,
-    CAUSAL,
-    HISTORY,
-    MASK,
-    PADDED,
-    SCALE,
-    WINDOW,
-    without,
-)
-from pytest_attnheat.attention.packing import PACKED
-from pytest_attnheat.attention.sharding import SHARDED
+from .caching import STORED
+from .call import FEATURES
+from .decisions import BLOCKS, PREFIX, ROWS, SHARDS, Misreading, Plan
+from .decisions import Change as Change
+from .decisions import Defect as Defect
+from .decisions import defect as _defect
+from .misreadings import BESIDES, CAUSAL, HISTORY, MASK, PADDED, SCALE, WINDOW, without
+from .misreadings_of_numbers import ADDED
+from .packing import PACKED
+from .sharding import SHARDED
 
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
-# Two halves, and blocks that split the small cases or are usual.
-_PARTS = [-1, -2, 4, 16, 64, 128, SHARDS]
+# Two halves, blocks that split the small cases or are usual, ranks, and a cache beside new keys.
+_PARTS = [-1, -2, 4, 16, 64, 128, SHARDS, PREFIX]
 # Whether fewer keys than one block are dropped as well: those of the small cases.
 _SHORT = ["whole", "short"]
 _EMPTY = ["zero", "nan"]
@@ -152,6 +144,9 @@ _SOFTCAP = (
             "softcap before", softcap="not_divided"),
     _defect("softcap_not_multiplied", "whose softcap is tanh(score / softcap): it is not "
             "multiplied by softcap again", softcap="not_multiplied"),
+    _defect("softcap_times_score", "whose softcap multiplies the tanh by the score, not by softcap",
+            "Dao-AILab/flash-attention#2396",
+            softcap=["times_score", "times_own", "times_quotient"]),
 )  # fmt: skip
 
 _SINKS = (
@@ -166,9 +161,14 @@ _SINKS = (
 
 _PARTS_MERGED = (
     _defect("lse_in_base_two", "that merges parts of the keys by e ** lse, its lse in base 2",
-            "sgl-project/sglang#35045", part=_PARTS, merging="two_for_e", empty_slices=_EMPTY),
+            "sgl-project/sglang#35045", part=_PARTS, merging="all:two_for_e",
+            empty_slices=_EMPTY),
     _defect("merge_in_base_two", "that merges parts of the keys by 2 ** lse, its lse in base e",
-            part=_PARTS, merging="e_for_two", empty_slices=_EMPTY),
+            part=_PARTS, merging="all:e_for_two", empty_slices=_EMPTY),
+    _defect("lse_of_two_bases",
+            "that merges parts of the keys whose lse are in base 2 and in base e",
+            part=_PARTS, merging=[f"{part}:{bases}" for part in ("first", "others")
+                                  for bases in ("two_for_e", "e_for_two")], empty_slices=_EMPTY),
     _defect("parts_averaged", "that merges parts of the keys by their mean, whatever their sums",
             part=_PARTS, merging=["mean", "mean_of_seen"], empty_slices=_EMPTY),
     _defect("parts_added", "that adds parts of the keys, each divided by its own sum", part=_PARTS,
@@ -182,8 +182,18 @@ _HEADS = (
     _defect("groups_tiled",
             "whose key heads are shared in the wrong order (repeat in place of repeat_interleave)",
             "fkodom/grouped-query-attention-pytorch#5", grouping="tile"),
+    _defect("keys_tiled",
+            "whose keys alone are shared in the wrong order (repeat, values by repeat_interleave)",
+            grouping="tile", grouped="keys"),
+    _defect("values_tiled",
+            "whose values alone are shared in the wrong order (repeat, keys by repeat_interleave)",
+            grouping="tile", grouped="values"),
     _defect("first_key_head_only", "whose query heads all use the first key head",
-            grouping="first"),
+            grouping="first", in_groups_of_one=[False, True]),
+    _defect("key_head_miscounted",
+            "whose query heads find their key head by the number of key heads, not of a group",
+            "PSAL-POSTECH/ONNXim#33", grouping="divided", in_groups_of_one=[True, False],
+            form_of="first_key_head_only"),
     _defect("heads_split_without_transpose", "whose heads are split off without a transpose",
             split="reshape", merge=["transpose", "reshape"]),
     _defect("heads_merged_without_transpose", "whose heads are merged without a transpose",
@@ -262,6 +272,7 @@ DEFECTS: tuple[Defect, ...] = (
     *SHARDED,
     *PACKED,
     *BESIDES,
+    *ADDED,
     *_SOFTCAP,
     *_SINKS,
     *HISTORY,

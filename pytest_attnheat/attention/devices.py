@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +26,8 @@ _KINDS = ("cuda", "mps", "xpu", "hpu", "mtia", "xla")
 
 
 def check_device(name: str, argument: str = "devices", accepted: str = ACCEPTED) -> str:
-    """Return the name of a device, which need not be here: a type, with or without a number.
-
-    Whether torch knows the type can only be told once torch is loaded.
-
-    Raises:
-        ValueError: It is not such a name.
-    """
+    """Return the name of a device, which need not be here: a type, with or without a number."""
+    # Whether torch knows the type can only be told once torch is loaded.
     if not re.fullmatch(_NAME, name, re.ASCII):
         hint = "; a GPU is called cuda" if name.startswith("gpu") else ""
         raise ValueError(misuse(argument, repr(name), accepted + hint))
@@ -73,11 +68,7 @@ def _count(kind: str) -> int:
 
 
 def names_of(devices: Sequence[str], argument: str = "devices") -> list[str]:
-    """Return the devices that a choice stands for: names, `("auto",)` or `("all",)`.
-
-    Raises:
-        ValueError: torch does not know one of them.
-    """
+    """Return the devices that a choice stands for: names, `("auto",)` or `("all",)`."""
     import torch  # noqa: F401 (for check_device)
 
     if tuple(devices) == ("auto",):
@@ -97,18 +88,8 @@ def _every_device(present: Mapping[str, int]) -> list[str]:
 
 
 def resolve(name: str, *, worker: int = 0, argument: str = "devices") -> torch.device:
-    """Return the device that a name stands for.
-
-    Args:
-        name: The name.
-        worker: Which of several processes this is: they share out the devices of a kind that is
-            named without a number.
-        argument: What the name was given as.
-
-    Raises:
-        ValueError: It is not such a name.
-        LookupError: The device is absent.
-    """
+    """Return the device that a name stands for; a LookupError if it is absent."""
+    # Several workers share out the devices of a kind that is named without a number.
     import torch
 
     kind, _, index = check_device(name, argument).partition(":")
@@ -122,10 +103,8 @@ def resolve(name: str, *, worker: int = 0, argument: str = "devices") -> torch.d
 
 
 def fault_of(device: torch.device) -> str:
-    """Return in what words a device fails, if it does; "" if it answers.
-
-    After a fault of a kernel, a GPU answers its process nothing any more but that.
-    """
+    """Return in what words a device fails, if it does; "" if it answers."""
+    # After a fault of a kernel, a GPU answers its process nothing any more but that.
     import torch
 
     if device.type == "cpu":

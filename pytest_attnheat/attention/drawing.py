@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.storage import OWN, Storage
+from .call import Call
+from .scoring import draw
+from .storage import OWN, Storage
 
 Choice: TypeAlias = Mapping[str, Any]
 # The level of each feature that stands for its absence, the ordinary one.
@@ -32,37 +32,25 @@ _OVERFLOWING = 1.2e5
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """Draws the call of a choice.
+    """Draws the call of a choice."""
 
-    Attributes:
-        chosen: A level for each feature.
-        heads: How many query heads there are.
-        seed: Where tensors are drawn from.
-        dtype: The dtype of all tensors of floats.
-        device: Where they are.
-    """
-
-    chosen: Choice
-    heads: int
-    seed: int
-    dtype: torch.dtype
-    device: torch.device
+    chosen: Choice  # A level for each feature
+    heads: int  # How many query heads there are
+    seed: int  # Where tensors are drawn from
+    dtype: torch.dtype  # The dtype of all tensors of floats
+    device: torch.device  # Where they are
 
     def call(self, always: Mapping[str, Any]) -> Call:
         """Draw all that is chosen, besides the fields that every call has."""
         call = Call(*self._tensors(), **always)
         drawn: dict[str, Callable[[], Any]] = {
-            "causal": lambda: True,
-            "scale": lambda: self.chosen["scale"],
-            "softcap": lambda: 2.0,
+            "causal": lambda: True, "scale": lambda: self.chosen["scale"], "softcap": lambda: 2.0,
             "sinks": lambda: self._drawn("sinks", self.heads),
             "alibi": lambda: self._given(2.0 ** -torch.arange(1, self.heads + 1).clamp(max=8)),
-            "documents": self._documents,
-            "lengths": self._real,
-            "window": self._window,
+            "documents": self._documents, "lengths": self._real, "window": self._window,
             "chunk": lambda: max(3, self.chosen["sizes"][1] // 3),
             "bias": lambda: self._drawn("bias", *self._whole),
-        }
+        }  # fmt: skip
         own = {name: make() for name, make in drawn.items()
                if self.chosen.get(name, False) not in (False, NONE)}  # fmt: skip
         return self._stored(self._masked(replace(call, **own, **self._ragged())))
@@ -137,10 +125,8 @@ class Drawing:
         return {name: torch.tensor(some, device=self.device) for name, some in lengths.items()}
 
     def _stored(self, call: Call) -> Call:
-        """The same with how it is stored, if that is chosen.
-
-        Of sequences that share pages, the first halves are alike.
-        """
+        """The same with how it is stored, if that is chosen."""
+        # Of sequences that share pages, the first halves are alike.
         if "pages" not in self.chosen:
             return call
         of = self.chosen
@@ -178,7 +164,10 @@ class Drawing:
         for dim in (dim for dim, size in enumerate(shape) if size == 1):
             wanted = wanted.any(dim, keepdim=True)
         mask = mask | wanted
-        if self.chosen.get("empty"):
+        if self.chosen.get("empty") and mask.shape[-2] == 1:  # before all real keys
+            first = seen[0, 0, 0].sum()
+            mask[..., :first] = False
+        elif self.chosen.get("empty"):
             mask[..., mask.shape[-2] // 2, :] = False
         return mask
 

@@ -16,13 +16,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.covering import Covering, covering
-from pytest_attnheat.attention.drawing import FILLS, HOLDING, WINDOWS, Drawing
-from pytest_attnheat.attention.drawing import NONE as NONE
-from pytest_attnheat.attention.drawing import Choice as Choice
-from pytest_attnheat.attention.storage import OWN, UNUSED
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
+from .call import Call
+from .covering import Covering, covering
+from .drawing import FILLS, HOLDING, WINDOWS, Drawing
+from .drawing import NONE as NONE
+from .drawing import Choice as Choice
+from .storage import OWN, UNUSED
 
 # Some features and their levels.
 Levels: TypeAlias = tuple[tuple[str, Any], ...]
@@ -41,6 +41,7 @@ _RECTANGLES = (
     (1, 33), (1, 513), (3, 1025), (1, 2049),
 )  # fmt: skip
 _SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
+_OF_KEYS = "(B, 1, 1, S)"
 # More weights than this, and a case costs more than it tells; of heads that are declared, each
 # may have so many that the longest sizes are asked of one batch entry.
 _MOST_WEIGHTS = 2**17
@@ -54,60 +55,34 @@ STORED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Declared:
-    """What decides which calls can be made. It is hashable: the choices depend on it alone.
+    """What decides which calls can be made. It is hashable: the choices depend on it alone."""
 
-    Attributes:
-        masks: Of "boolean" and "additive", which a call may be given.
-        mask_shape: The one shape of a mask; None for all that fit the scores.
-        causal: Whether it may be told to be causal.
-        options: Which of `OPTIONS` it may be given.
-        grouped: Whether query heads may share heads of keys.
-        heads: How many query heads there are; None for any number.
-        square: Whether there are as many keys as queries, always.
-        square_if_causal: Whether there are where it is told to be causal.
-        equal_widths: Whether values are as wide as keys, always.
-        from_the_end: Whether positions are counted from the bottom right.
-        near: Whether a rule of positions, such as a window, hides what is far.
-        numbers: What queries, keys and values may hold, of `NUMBERS`.
-        empty: Whether it is judged what a query gives that is left without any key.
-        gradients: Whether gradients are asked.
-        longest: How many queries and keys there are at most.
-        few_shapes: Whether few shapes are asked.
-        most_weights: How many weights a call has at most.
-        ragged: How the lengths of a batch may differ, of `RAGGED`, the most ordinary first; none
-            where all are as long.
-        only: By feature, the only levels that may be asked.
-        apart: Pairs of features that are never asked together.
-        one_query: Whether there is one query, always.
-        stored: The levels of how keys are stored, by feature, of `STORED`; none where they are not.
-        parts: A length is a multiple of this, as it is cut into so many parts.
-        uneven: Whether it may also be one less.
-    """
-
-    masks: frozenset[str] = frozenset()
-    mask_shape: str | None = None
-    causal: bool = False
-    options: frozenset[str] = frozenset()
-    grouped: bool = False
-    heads: int | None = None
-    square: bool = False
-    square_if_causal: bool = False
-    equal_widths: bool = False
-    from_the_end: bool = False
-    near: bool = False
-    numbers: tuple[str, ...] = NUMBERS
-    empty: bool = True
-    gradients: bool = True
-    longest: int | None = None
-    few_shapes: bool = False
-    most_weights: int = _MOST_WEIGHTS
-    ragged: tuple[str, ...] = ()
-    only: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    apart: tuple[tuple[str, str], ...] = ()
-    one_query: bool = False
-    stored: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    parts: int = 1
-    uneven: bool = False
+    masks: frozenset[str] = frozenset()  # Of "boolean" and "additive", which a call may be given
+    mask_shape: str | None = None  # The one shape of a mask; None for all that fit the scores
+    causal: bool = False  # Whether it may be told to be causal
+    options: frozenset[str] = frozenset()  # Which of `OPTIONS` it may be given
+    grouped: bool = False  # Whether query heads may share heads of keys
+    heads: int | None = None  # How many query heads there are; None for any number
+    square: bool = False  # Whether there are as many keys as queries, always
+    square_if_causal: bool = False  # Whether there are where it is told to be causal
+    equal_widths: bool = False  # Whether values are as wide as keys, always
+    from_the_end: bool = False  # Whether positions are counted from the bottom right
+    near: bool = False  # Whether a rule of positions, such as a window, hides what is far
+    numbers: tuple[str, ...] = NUMBERS  # What queries, keys and values may hold, of `NUMBERS`
+    empty: bool = True  # Whether it is judged what a query gives that is left without any key
+    # Likewise of queries before all real keys: causal ones of what is padded on the left
+    before_all: bool = False
+    gradients: bool = True  # Whether gradients are asked
+    longest: int | None = None  # How many queries and keys there are at most
+    few_shapes: bool = False  # Whether few shapes are asked
+    most_weights: int = _MOST_WEIGHTS  # How many weights a call has at most
+    ragged: tuple[str, ...] = ()  # How lengths of a batch may differ, of `RAGGED`; none if equal
+    only: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # By feature, the only levels to be asked
+    apart: tuple[tuple[str, str], ...] = ()  # Pairs of features that are never asked together
+    one_query: bool = False  # Whether there is one query, always
+    stored: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # Levels of how keys are stored, or none
+    parts: int = 1  # A length is a multiple of this, as it is cut into so many parts
+    uneven: bool = False  # Whether it may also be one less
 
     def whole(self, sizes: tuple[int, int]) -> tuple[int, int]:
         """Return the next sizes that can be cut into parts."""
@@ -150,7 +125,7 @@ class Declared:
         if self.heads is not None:  # then the group tells how many heads keys have
             levels["group"] = tuple(n for n in levels["group"] if self.heads % n == 0)
             levels["key_heads"] = (self.heads,)
-        if self.shapes == ("(B, 1, 1, S)",):  # it would hide what is empty from all queries
+        if self.shapes == (_OF_KEYS,) and not (self.before_all and self.causal):
             levels["empty"] = (False,)
         if not self.masks:
             levels |= dict.fromkeys(("mask", "shape", "fill"), (NONE,)) | {"empty": (False,)}
@@ -201,8 +176,9 @@ class Declared:
             if mask == "additive" or ("boolean" not in self.masks and is_masked):
                 return False
         # What a number that is not -inf leaves of an empty row is rounding alone; a mask of keys
-        # alone would hide them from all queries.
-        unfit = NONE in (mask, shape) or shape == "(B, 1, 1, S)" or (is_floats and fill != "-inf")
+        # alone would hide them from all queries, but for those that are causal.
+        of_all = shape == _OF_KEYS and not (self.before_all and chosen.get("causal", True))
+        unfit = NONE in (mask, shape) or of_all or (is_floats and fill != "-inf")
         if any(all(chosen.get(n, False) not in (False, NONE) for n in two) for two in self.apart):
             return False
         return not (chosen.get("empty") and unfit) and self._fits(chosen)
@@ -246,35 +222,20 @@ class Declared:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """All calls that can be made of what is declared.
+    """All calls that can be made of what is declared."""
 
-    Attributes:
-        declared: Which levels there are.
-        always: Fields of `Call` that every call has.
-        seed: Where tensors are drawn from.
-    """
-
-    declared: Declared
-    always: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    declared: Declared  # Which levels there are
+    always: Mapping[str, Any] = field(default_factory=dict)  # Fields of `Call` that every call has
+    seed: int = 0  # Where tensors are drawn from
 
     def covering(
         self, refused: frozenset[Levels] = frozenset(), known: Sequence[Choice] = ()
     ) -> Covering:
-        """Return choices in which every pair of levels occurs that can.
-
-        Args:
-            refused: Levels that do not occur together, of one feature or of several.
-            known: Choices whose pairs need not occur again.
-        """
+        """Return choices in which every pair of levels occurs that can, but for known ones."""
         return _covering(self.declared, refused, tuple(tuple(one.items()) for one in known))
 
     def choice(self, **levels: Any) -> dict[str, Any]:
-        """Return some levels, and the ordinary one of each other feature.
-
-        Raises:
-            ValueError: They cannot occur together, or a feature is unknown.
-        """
+        """Return some levels, and the ordinary one of each other feature."""
         ordinary = {name: known[0] for name, known in self.declared.levels().items()}
         if unknown := sorted(set(levels) - set(ordinary)):
             accepted = f"features among {', '.join(ordinary)}"
@@ -299,16 +260,7 @@ class Space:
         }
 
     def call(self, chosen: Choice, dtype: torch.dtype, device: torch.device | str = "cpu") -> Call:
-        """Draw the call of a choice, the same on every device and in every dtype but for rounding.
-
-        Args:
-            chosen: A level for each feature.
-            dtype: The dtype of all tensors of floats.
-            device: Where they are.
-
-        Returns:
-            The call. The upstream gradient is not given.
-        """
+        """Draw the call of a choice, the same on every device and (but for rounding) dtype."""
         heads = self.declared.heads or chosen["key_heads"] * chosen["group"]
         drawing = Drawing(chosen, heads, self.seed, dtype, torch.device(device))
         return drawing.call(self.always)
@@ -357,11 +309,7 @@ def said_of(chosen: Choice) -> str:
 
 
 def read(text: str, space: Space) -> dict[str, Any]:
-    """Return the choice that a text names; what it leaves out is ordinary.
-
-    Raises:
-        ValueError: It names something that is not known, or that cannot occur together.
-    """
+    """Return the choice that a text names; what it leaves out is ordinary."""
     levels: dict[str, Any] = {}
     for part in text.split():
         name, equals, given = part.partition("=")
@@ -391,14 +339,7 @@ def _level(given: str, known: tuple[Any, ...]) -> Any:
 def shrunk(
     chosen: Choice, fails: Callable[[Choice], bool], space: Space, *, most: int = 60
 ) -> dict[str, Any]:
-    """Return the smallest choice found that still fails, always the same.
-
-    Args:
-        chosen: A choice that fails.
-        fails: Whether another one does.
-        space: What can be chosen.
-        most: How many are asked.
-    """
+    """Return the smallest choice found that still fails, always the same."""
     levels = space.declared.simplest_first()
     # Whole features go first: a call that has fewer of them is smaller, whatever its sizes.
     names = ["mask", *(name for name in reversed(levels) if name not in ("mask", *SIZES)), *SIZES]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.call import FEATURES, Call, Positions
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, defect
+from .call import FEATURES, Call, Positions
+from .decisions import BLOCKS, ROWS, Misreading, defect
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
@@ -24,20 +24,12 @@ class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan an
 
 @dataclass(frozen=True, eq=False)
 class Case(Call):
-    """A call that a plan is carried out on, (batch, heads, length, width).
+    """A call that a plan is carried out on, (batch, heads, length, width)."""
 
-    Attributes:
-        name: What it is called in messages.
-        scale_given: Whether the scale is passed as an argument of this call.
-        dtype: The dtype in which it is computed: beyond its range exp is 0 or inf.
-        earlier: What the same code was asked just before, in the same memory; None if nothing
-            that matters.
-    """
-
-    name: str = ""
-    scale_given: bool = False
-    dtype: torch.dtype = torch.float64
-    earlier: Case | None = None
+    name: str = ""  # What it is called in messages
+    scale_given: bool = False  # Whether the scale is passed as an argument of this call
+    dtype: torch.dtype = torch.float64  # In which it is computed: beyond its range exp is 0 or inf
+    earlier: Case | None = None  # What the same code was asked just before, in the same memory
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -54,11 +46,6 @@ class Case(Call):
     def has_empty_rows(self) -> bool:
         """Whether some query may attend to nothing."""
         return not bool(self.seen.any(-1).all())
-
-    @cached_property
-    def hides(self) -> bool:
-        """Whether some query may not attend to some key."""
-        return not bool(self.seen.all())
 
     def other_corner(self) -> Case:
         """Return the same call, its positions counted from the other corner."""
@@ -86,7 +73,7 @@ def without(*names: str) -> Misreading:
     return misread
 
 
-def _read(name: str, change: Callable[[Case, Any], Any]) -> Misreading:
+def read(name: str, change: Callable[[Case, Any], Any]) -> Misreading:
     """Something else in place of what is given; a mask and a bias are expanded before."""
 
     def misread(case: Case) -> Case:
@@ -107,13 +94,21 @@ def _scale(rule: Callable[[Case], float | None]) -> Misreading:
     return misread
 
 
+def _padded_width(to: int, case: Case) -> float:
+    """The scale of head_dim as it is padded to a multiple, or to a power of two if that is 0."""
+    width = case.query.shape[-1]
+    padded_to = -(-width // to) * to if to else 1 << (width - 1).bit_length()
+    return case.factor if padded_to == width else padded_to**-0.5
+
+
 def ruled(case: Case, rule: Tensor, **without: Any) -> Case:
     """The mask with one rule more, for all maps in a row if it has three dimensions."""
     rule = rule.expand(case.maps, *case.shape[2:]).view(case.shape) if rule.ndim == 3 else rule
     return replace(case, mask=rule if case.mask is None else case.mask & rule, **without)
 
 
-def _transposed(case: Case, given: Tensor) -> Tensor:
+def transposed(case: Case, given: Tensor) -> Tensor:
+    """A mask or a bias with queries and keys exchanged."""
     if case.query_len != case.key_len:
         raise NotApplicable("what is not square cannot be transposed")
     return given.mT
@@ -123,20 +118,27 @@ def _roll(by: int, case: Case, mask: Tensor) -> Tensor:
     return mask.roll(by, 0)
 
 
-def _first_sample(case: Case, given: Tensor) -> Tensor:
+def first_sample(case: Case, given: Tensor) -> Tensor:
+    """A mask or a bias whose samples are all the first one."""
     return given[:1].expand(case.shape)
 
 
-def _first_head(case: Case, given: Tensor) -> Tensor:
+def first_head(case: Case, given: Tensor) -> Tensor:
+    """A mask or a bias whose heads are all the first one."""
     return given[:, :1].expand(case.shape)
 
 
-def _first(case: Case, given: Tensor) -> Tensor:
-    return given[:1].expand_as(given)
+def _first_alone(dim: int, case: Case, mask: Tensor) -> Tensor:
+    """A mask that the first head alone has, or the first sample."""
+    later = torch.arange(mask.shape[dim]) > 0
+    return mask | later.view([-1 if dim == at else 1 for at in range(4)])
 
 
-def _scaled(case: Case, given: Tensor) -> Tensor:
-    return torch.where(given.isinf(), given, given * case.factor)
+def _whole_blocks(size: int, case: Case, mask: Tensor) -> Tensor:
+    """A mask that shows a whole block of queries and keys where it shows a part of it."""
+    seen = nn.functional.max_pool2d(mask.double(), size, ceil_mode=True) > 0
+    seen = seen.repeat_interleave(size, -2).repeat_interleave(size, -1)
+    return seen[..., : case.query_len, : case.key_len]
 
 
 def _tiled(case: Case, mask: Tensor) -> Tensor:
@@ -144,18 +146,14 @@ def _tiled(case: Case, mask: Tensor) -> Tensor:
     return mask[torch.arange(batch * heads).reshape(batch, heads) % batch, torch.arange(heads)]
 
 
-_inverted = _read("mask", lambda case, mask: ~mask)
-
-
-def _where_not_zero(case: Case) -> Case:
-    """A bias that is read as a mask; a mask that is told by 0 and -inf is inverted then."""
-    return case if case.bias is None else ruled(case, case.bias != 0, bias=None)
+inverted = read("mask", lambda case, mask: ~mask)
 
 
 # --- positions
 
 
-def _at(case: Case) -> Positions:
+def at_all(case: Case) -> Positions:
+    """All positions of a case."""
     return case.everywhere(case.query.device)
 
 
@@ -170,6 +168,29 @@ def _wider(more: tuple[int, int], case: Case, *, decoding: bool = False) -> Case
     return replace(case, window=sides)  # type: ignore[arg-type]
 
 
+def _both_sides(case: Case) -> Case:
+    left, right = case.window or (None, None)
+    return case if left is None or right is None else replace(case, window=(left, max(left, right)))
+
+
+def _sliding(sides: tuple[int, ...], case: Case) -> Case:
+    """So many keys as a chunk has before the own one, or after it as well, in place of a chunk."""
+    if case.chunk is None:
+        return case
+    at = at_all(case)
+    near = at.within(case.chunk - 1, case.chunk - 1 if len(sides) > 1 else None)
+    return ruled(case, near | (at.key < case.sink_keys), chunk=None)
+
+
+def _offset_reversed(case: Case) -> Case:
+    """Causal, counted from the corner by query_len - key_len in place of key_len - query_len."""
+    if not case.causal:
+        return case
+    at = at_all(replace(case, alignment="bottom_right"))
+    stands = at.behind + at.key - at.query
+    return ruled(case, (at.key <= at.query - stands) | (at.key < case.prefix), causal=False)
+
+
 def _longer(more: int, case: Case, given: Any) -> Any:
     if isinstance(given, Tensor):  # of a cache, `caching` knows what is there
         return given if case.stored else (given + more).clamp(0, case.key_len)
@@ -177,7 +198,7 @@ def _longer(more: int, case: Case, given: Any) -> Any:
 
 
 def _one_off(name: str) -> list[Misreading]:
-    return [_read(name, partial(_longer, more)) for more in (1, -1)]
+    return [read(name, partial(_longer, more)) for more in (1, -1)]
 
 
 def _rolled(more: int, case: Case, documents: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -189,7 +210,7 @@ def _counted_elsewhere(name: str, case: Case) -> Case:
     if not _has(case, name):
         return case
     kept: dict[str, Any] = {other: _USUAL[other] for other in _HIDING if other != name}
-    (rule,) = replace(case.other_corner(), **kept).rules(_at(case.other_corner()))
+    (rule,) = replace(case.other_corner(), **kept).rules(at_all(case.other_corner()))
     return ruled(case, rule, **{name: None})
 
 
@@ -197,41 +218,13 @@ def _in_blocks(block: int, to_the_end: bool, case: Case) -> Case:
     """Causal in steps: the block of a query is seen as a whole, or not at all."""
     if not case.causal:
         return case
-    at = _at(case)
+    at = at_all(case)
     own, its = (at.behind + at.key) // block, at.key // block
     seen = its <= own if to_the_end else its < own
     return ruled(case, seen | (at.key < case.prefix), causal=False)
 
 
-# --- numbers that are added to scores, and sinks
-
-
-def _as_bias(added: Callable[[Case], Any], case: Case) -> Case:
-    """ALiBi with other distances: a bias in its place."""
-    if case.alibi is None:
-        return case
-    bias = added(case).view(case.shape)
-    return replace(case, alibi=None, bias=bias if case.bias is None else case.bias + bias)
-
-
-def _signed(case: Case) -> Tensor:
-    assert case.alibi is not None
-    at = _at(case)
-    return -case.alibi.double()[at.head] * at.behind
-
-
-def _next_slopes(first: int, case: Case, slopes: Tensor) -> Tensor:
-    """The slopes of the heads before (from 0, not 1) or after, as far as they are a series."""
-    ratio = slopes[1:2] / slopes[:1] if len(slopes) > 1 else 2.0**-8
-    if first == 0:
-        return torch.cat([slopes[:1] / ratio, slopes[:-1]])
-    return torch.cat([slopes[1:], slopes[-1:] * ratio])
-
-
-def _slopes_of(count: Callable[[float], float], case: Case, slopes: Tensor) -> Tensor:
-    """The usual slopes of another number of heads: a power of two that is near."""
-    heads = 2 ** count(math.log2(len(slopes)))
-    return 2.0 ** (-8.0 / heads * torch.arange(1, len(slopes) + 1, dtype=slopes.dtype))
+# --- keys that are none
 
 
 def _is_merely_causal(case: Case, hiding: Sequence[str]) -> bool:
@@ -242,10 +235,13 @@ def _is_merely_causal(case: Case, hiding: Sequence[str]) -> bool:
 
 def padded(block: int, masked_too: bool, case: Case) -> Case:
     """Keys and values of zeros up to a whole block: scores of 0, that is a sink."""
-    more = -case.key_len % block
+    return _with_zeros(-case.key_len % block, masked_too, case)
+
+
+def _with_zeros(more: int, masked_too: bool, case: Case) -> Case:
     hiding = [name for name in _HIDING if _has(case, name)]
     given = hiding or (case.mask is not None and not masked_too)
-    if not more or (given and not _is_merely_causal(case, hiding)):
+    if more <= 0 or (given and not _is_merely_causal(case, hiding)):
         return case
     if hiding:  # a query sees those of its own position and before
         key, value = (nn.functional.pad(t, (0, 0, 0, more)) for t in (case.key, case.value))
@@ -254,9 +250,10 @@ def padded(block: int, masked_too: bool, case: Case) -> Case:
     return replace(case, sinks=tail if case.sinks is None else case.sinks.double().logaddexp(tail))
 
 
-def _counted(times: int, block: int, case: Case, sinks: Tensor) -> Tensor:
-    """Sinks that are counted so many times, or once for each block of keys."""
-    return sinks + math.log(times or -(-case.key_len // block))
+def _as_many_as_queries(case: Case) -> Case:
+    if case.key_len <= case.query_len or case.stored is not None:
+        return case
+    return ruled(case, at_all(case).key < case.query_len)
 
 
 # --- what an earlier call left
@@ -296,29 +293,40 @@ SCALE = (
            misread=_scale(lambda case: case.query_len**-0.5)),
     defect("scale_from_heads", "whose scale is taken from the number of heads",
            misread=_scale(lambda case: case.heads**-0.5)),
+    defect("scale_of_another_width",
+           "whose scale is that of a wider head: head_dim as it is padded, or a fixed one",
+           misread=[_scale(partial(_padded_width, to)) for to in (0, 16, 32, 64, 128)]),
     defect("scale_absolute", "that takes the absolute value of a negative scale",
            misread=_scale(lambda case: abs(case.factor))),
 )  # fmt: skip
 
 MASK = (
     defect("mask_inverted", "whose mask is inverted: it attends exactly where it may not",
-           "lucidrains/x-transformers#160", misread=_inverted,
+           "lucidrains/x-transformers#160", misread=inverted,
            fully_masked=ROWS),
     defect("mask_ignored", "that ignores the mask", "TransformerLensOrg/TransformerLens#1005",
            misread=without("mask")),
-    defect("mask_transposed", "whose mask is transposed", misread=_read("mask", _transposed),
+    defect("mask_transposed", "whose mask is transposed", misread=read("mask", transposed),
            fully_masked=ROWS),
     defect("mask_of_another_sample",
            "whose samples use the mask of the sample before or after them",
-           misread=[_read("mask", partial(_roll, 1)), _read("mask", partial(_roll, -1))],
+           misread=[read("mask", partial(_roll, 1)), read("mask", partial(_roll, -1))],
            fully_masked=ROWS),
     defect("mask_of_first_sample", "whose samples all use the mask of the first one",
-           misread=_read("mask", _first_sample), fully_masked=ROWS),
+           misread=read("mask", first_sample), fully_masked=ROWS),
     defect("mask_of_first_head", "whose heads all use the mask of the first one",
-           misread=_read("mask", _first_head), fully_masked=ROWS),
+           misread=read("mask", first_head), fully_masked=ROWS),
     defect("mask_tiled_over_heads",
            "whose mask is repeated over heads in the order of samples (repeat, not "
-           "repeat_interleave)", misread=_read("mask", _tiled), fully_masked=ROWS),
+           "repeat_interleave)", misread=read("mask", _tiled), fully_masked=ROWS),
+    defect("mask_of_first_alone", "whose first head, or first sample, alone has its mask",
+           "Tencent/ncnn#6869",
+           misread=[read("mask", partial(_first_alone, dim)) for dim in (1, 0)],
+           form_of="mask_ignored"),
+    defect("mask_in_blocks",
+           "that sees a whole block of keys where its mask shows a part of it",
+           misread=[read("mask", partial(_whole_blocks, size)) for size in BLOCKS],
+           form_of="mask_ignored"),
 )  # fmt: skip
 
 WINDOW = (
@@ -326,7 +334,7 @@ WINDOW = (
     defect("window_other_corner", "whose window is counted from the other corner",
            misread=partial(_counted_elsewhere, "window"), fully_masked=ROWS),
     defect("window_swapped", "whose window has its left and right sides exchanged",
-           misread=_read("window", lambda case, window: window[::-1]), fully_masked=ROWS),
+           misread=read("window", lambda case, window: window[::-1]), fully_masked=ROWS),
     defect("window_left_too_wide", "whose window reaches one key too far to the left",
            "huggingface/transformers#39408", misread=partial(_wider, (1, 0))),
     defect("window_left_too_narrow", "whose window misses its last key on the left",
@@ -335,6 +343,9 @@ WINDOW = (
            misread=partial(_wider, (0, 1))),
     defect("window_right_too_narrow", "whose window misses its last key on the right",
            misread=partial(_wider, (0, -1)), fully_masked=ROWS),
+    defect("window_both_sides", "whose window reaches as far to the right as to the left",
+           "ModelTC/LightLLM#1311", misread=_both_sides,
+           form_of="window_right_too_wide"),
     defect("window_left_too_wide_with_cache",
            "whose window reaches one key too far to the left, but only where there are more keys "
            "than queries, as with a cache", misread=partial(_wider, (1, 0), decoding=True),
@@ -360,6 +371,9 @@ CAUSAL = (
     defect("causal_before_blocks",
            "whose queries see no key of their own block, only those before",
            misread=[partial(_in_blocks, block, False) for block in BLOCKS], fully_masked=ROWS),
+    defect("causal_offset_reversed",
+           "whose causal mask is moved the wrong way where lengths differ (query_len - key_len)",
+           misread=_offset_reversed, fully_masked=ROWS),
 )  # fmt: skip
 
 # What a call may have besides: left out, or another one.
@@ -370,6 +384,8 @@ BESIDES = (
            misread=_one_off("chunk")),
     defect("chunk_other_corner", "whose chunks are counted from the other corner",
            misread=partial(_counted_elsewhere, "chunk"), fully_masked=ROWS),
+    defect("chunk_slides", "whose chunks slide along with the query, as a window does",
+           misread=[partial(_sliding, (1,)), partial(_sliding, (1, 1))]),
     defect("prefix_off_by_one", "whose prefix is one key too long or too short",
            misread=_one_off("prefix"), form_of="prefix_ignored"),
     defect("sink_keys_off_by_one", "that always sees one first key too many or too few",
@@ -377,55 +393,15 @@ BESIDES = (
     defect("lengths_off_by_one", "whose samples have one real key too many or too few",
            misread=_one_off("lengths"), fully_masked=ROWS),
     defect("documents_off_by_one", "whose documents begin one key too late or too early",
-           misread=[_read("documents", partial(_rolled, more)) for more in (1, -1)],
+           misread=[read("documents", partial(_rolled, more)) for more in (1, -1)],
            fully_masked=ROWS),
-    defect("sinks_in_every_part", "that counts its sinks once for each part of the keys",
-           misread=[_read("sinks", partial(_counted, n, 0)) for n in (2, 4, 8)]
-           + [_read("sinks", partial(_counted, 0, block)) for block in BLOCKS]),
-    defect("sinks_of_other_heads",
-           "whose heads use the sink of another head, the first or the key head that serves them",
-           misread=[_read("sinks", _first), _read("sinks", lambda case, sinks:
-                    sinks[torch.arange(case.heads) // case.group])]),
-    defect("sinks_scaled", "whose sinks are multiplied by the scale",
-           misread=_read("sinks", _scaled)),
-    defect("alibi_other_corner", "whose ALiBi distances are counted from the other corner",
-           misread=partial(_as_bias, lambda case: case.other_corner().distant(
-               _at(case.other_corner()), torch.float64))),
-    defect("alibi_signed", "whose ALiBi takes no absolute value: keys after the query gain",
-           misread=partial(_as_bias, _signed)),
-    defect("alibi_negative", "whose ALiBi has the wrong sign: far keys gain",
-           misread=_read("alibi", lambda case, slopes: -slopes)),
-    defect("alibi_reversed", "whose ALiBi slopes are in the reversed order of heads",
-           misread=_read("alibi", lambda case, slopes: slopes.flip(0))),
-    defect("alibi_of_first_head", "whose heads all use the ALiBi slope of the first one",
-           misread=_read("alibi", _first)),
-    defect("alibi_off_by_one", "whose ALiBi slopes are those of the head before or after",
-           misread=[_read("alibi", partial(_next_slopes, first)) for first in (0, 2)]),
-    defect("alibi_of_other_heads", "whose ALiBi slopes are those of another number of heads",
-           misread=[_read("alibi", partial(_slopes_of, count))
-                    for count in (math.ceil, math.floor, float)]),
-    defect("alibi_scaled", "whose ALiBi is multiplied by the scale: it is added before",
-           misread=_read("alibi", _scaled)),
-    defect("bias_scaled", "whose bias is multiplied by the scale: it is added before",
-           misread=_read("bias", _scaled)),
-    defect("bias_of_first_head", "whose heads all use the bias of the first one",
-           misread=_read("bias", _first_head), fully_masked=ROWS),
-    defect("bias_of_first_sample", "whose samples all use the bias of the first one",
-           misread=_read("bias", _first_sample), fully_masked=ROWS),
-    defect("bias_transposed", "whose bias is transposed", misread=_read("bias", _transposed),
-           fully_masked=ROWS),
-    defect("bias_as_boolean",
-           "that reads its bias as a boolean mask: only -inf is felt, finite numbers are not",
-           misread=_read("bias", lambda case, bias: bias.masked_fill(bias.isfinite(), 0.0)),
-           form_of="bias_ignored"),
-    defect("bias_as_keep",
-           "that reads its bias as a boolean mask: it attends where the bias is not 0",
-           misread=[_where_not_zero, lambda case: case if case.bias is None else
-                    _where_not_zero(_inverted(case))],
-           fully_masked=ROWS, form_of="bias_ignored"),
 )  # fmt: skip
 
 PADDED = (
+    defect("keys_as_many_as_queries", "that reads as many keys as there are queries, and no more",
+           "jax-ml/jax#24491", misread=[_as_many_as_queries, lambda case: _with_zeros(
+               case.query_len - case.key_len, False, _as_many_as_queries(case))],
+           fully_masked=ROWS, form_of="causal_other_corner"),
     defect("padded_keys_attended",
            "that attends to keys of zeros, with which it fills the last block of keys",
            misread=[partial(padded, block, masked_too)

@@ -1,15 +1,19 @@
-"""What plans give on one case, computed once for all plans that decide alike what matters on it.
+"""What plans give on one case, and which known defect gives an output that is wrong.
 
-Most decisions of a plan are never looked at on a case: those about masks where there is no mask.
-And most that are looked at change nothing: blocks that are longer than the keys. So it is watched
-which decisions each step of a plan reads, and what it comes to. What two plans give is the same
-from the first step on at which all before came to the same.
+It is computed once for all plans that decide alike what matters on it. Most decisions of a plan are
+never looked at on a case: those about masks where there is no mask. And most that are looked at
+change nothing: blocks that are longer than the keys. So it is watched which decisions each step of
+a plan reads, and what it comes to. What two plans give is the same from the first step on at which
+all before came to the same.
+
+The catalogue (`pytest_attnheat.attention.defects`) is tried on the very call that went wrong,
+where that is small. The examination (`pytest_attnheat.contract`) asks more calls, and is surer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -17,19 +21,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.decisions import Change, Misreading
-from pytest_attnheat.attention.defects import in_order
-from pytest_attnheat.attention.plan import (
-    Case,
-    NotApplicable,
-    Outcome,
-    Plan,
-    Step,
-    carry_out,
-    directly,
-    misread,
-)
-from pytest_attnheat.attention.tolerance import answer_units
+from .call import Call
+from .decisions import Change, Defect, Misreading
+from .defects import DEFECTS, in_order
+from .plan import Case, NotApplicable, Outcome, Plan, Step, carry_out, directly, misread
+from .tolerance import answer_tolerance, answer_units
 
 # The decisions of a plan that differ from those of the correct one, by name.
 Decisions: TypeAlias = Mapping[str, Any]
@@ -40,36 +36,21 @@ _USUAL: dict[str, Any] = {one.name: getattr(Plan(), one.name) for one in fields(
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """What a plan gives on a case, and what judging it takes.
+    """What a plan gives on a case, and what judging it takes."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
-        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
-    """
-
-    output: Tensor
-    largest_score: Tensor
-    ordinary: float | Tensor
-    unjudged: Tensor | None
+    output: Tensor  # (batch, heads, query_len, value_dim)
+    largest_score: Tensor  # The largest score of each row, (batch, heads, query_len)
+    ordinary: float | Tensor  # The rms of the values that were used; of several, a tensor
+    unjudged: Tensor | None  # Rows that are not judged, (batch, heads, query_len); None if all are
 
     def errors(
         self, found: Tensor, dtype: torch.dtype, *, least: float, most: float
     ) -> tuple[Tensor, Tensor]:
-        """Compare it with what was found, (batch, heads, query_len, value_dim).
-
-        Args:
-            found: An answer in float64.
-            dtype: The dtype that it was computed in.
-            least: The least part of a row by which it may be off.
-            most: The most.
-
-        Returns:
-            The error of each row as a part of its size and what rounding may do (see **Answers**
-            in `attention.tolerance`), both (batch, heads, query_len). A row of which only one is
-            finite has the largest error that there is, 2; rows that are not judged have 0.
-        """
+        """Compare it with an answer in float64, (batch, heads, query_len, value_dim)."""
+        # Returns the error of each row as a part of its size, from `least` to `most` of it, and
+        # what rounding may do (see **Answers** in `attention.tolerance`), both (batch, heads,
+        # query_len). A row of which only one is finite has the largest error that there is, 2;
+        # unjudged rows have 0.
         differs = found.isfinite() != self.output.isfinite()
         off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
         least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
@@ -175,12 +156,7 @@ class _Watched(Plan):
 
 
 class Outcomes:
-    """What plans give on a case.
-
-    Attributes:
-        case: The case.
-        healthy: What correct attention gives. What hardly differs from it is the same object.
-    """
+    """What plans give on a case. What hardly differs from what is `healthy` is the same object."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -308,3 +284,126 @@ def stacked(outcomes: Iterable[Expected]) -> Expected:
         torch.tensor([one.ordinary for one in some], dtype=torch.float64)[:, None, None, None],
         some[0].unjudged,
     )
+
+
+# Above so many scores some hundred attempts would take longer than a few seconds.
+_MOST_SCORES = 2**18
+# Up to which part of how far the output is off it may differ from an attempt; and up to how many
+# times the difference of the nearest attempt another one fits as well.
+PART, AS_WELL = 0.25, 2.0
+# Rounding never excuses more than this part of a row.
+MOST_ALLOWED = 0.125
+MOST_NAMED = 3
+
+
+def likely_mistake(call: Call, output: Tensor) -> str | None:
+    """Return the mistake that gives this output, or those that all give it; None if none does."""
+    named = fitting(call, output)
+    if named and not bool(output.any()):  # whatever drops all there is fits, and says less
+        return "every number of the output is 0"
+    return f"the output is that of attention {listed(list(named))}" if named else None
+
+
+def listed(named: Sequence[str]) -> str:
+    """Return what may all be the mistake, in words."""
+    more = len(named) - MOST_NAMED
+    rest = [f"{more} more that give the same"] if more > 0 else []
+    return ", or ".join([*named[:MOST_NAMED], *rest])
+
+
+def too_large(call: Call) -> bool:
+    """Return whether no mistake is looked for: it would take too long, or is elsewhere."""
+    if call.maps * call.query_len * call.key_len > _MOST_SCORES:
+        return True
+    # Functions may hold tensors of that device.
+    return call.query.device.type != "cpu" and bool(call.may_see or call.score_mod)
+
+
+def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
+    """Return the mistakes that give an output, by their sentences, with what each computes."""
+    # None are returned where the output is right.
+    if too_large(call):
+        return {}
+    case = as_case(call)
+    found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
+    with torch.no_grad():
+        outcomes = Outcomes(case)
+        right = outcomes.healthy
+        assert right is not None
+        judged = slice(None) if right.unjudged is None else ~right.unjudged
+        if not bool(found[judged].isfinite().all(-1).any()):
+            return {}  # whatever gives nothing but NaN would fit
+        wrong_by = _off(right, found, case)[0]
+        if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
+            return {}
+        tried: dict[Expected | None, float] = {None: math.inf, right: math.inf}
+
+        def off(decided: Decisions) -> float:
+            outcome = outcomes.of(decided)
+            if outcome not in tried:
+                assert outcome is not None
+                size, fits = _off(outcome, found, case)
+                tried[outcome] = size if fits and size < PART * wrong_by else math.inf
+            return tried[outcome]
+
+        # If only rows without keys are wrong, nothing else is to blame for them.
+        rows = case.has_empty_rows and any(
+            off({"fully_masked": row}) < math.inf for row in ("zero", "uniform", "nan", "natural")
+        )
+        fits: dict[str, tuple[float, Plan]] = {}
+        for defect, change in changes():
+            decided = decisions_of(change)
+            to_blame = len(decided) == 1 or not (rows and "fully_masked" in decided)
+            if to_blame and (size := off(decided)) < fits.get(defect.sentence, (math.inf,))[0]:
+                fits[defect.sentence] = size, change(Plan())
+    least = min((size for size, _ in fits.values()), default=0.0)
+    most = AS_WELL * max(least, answer_tolerance(torch.float64))
+    near = {sentence: plan for sentence, (size, plan) in fits.items() if size <= most}
+    return {sentence: near[sentence] for sentence in simplest(near)}
+
+
+def simplest(named: Collection[str], catalogue: Sequence[Defect] = DEFECTS) -> list[str]:
+    """Leave out of some sentences those of mistakes that are a form of another one of them."""
+    of_name = {one.name: one.sentence for one in catalogue}
+    forms = {one.sentence for one in catalogue
+             if any(of_name.get(simple) in named for simple in one.form_of.split())}  # fmt: skip
+    return [sentence for sentence in named if sentence not in forms]
+
+
+def changes(catalogue: Sequence[Defect] = DEFECTS) -> Iterator[tuple[Defect, Change]]:
+    """Yield each mistake that is seen exactly, in each of its forms."""
+    for defect in catalogue:
+        if defect.seen == "exactly":
+            yield from ((defect, change) for change in defect.changes)
+
+
+def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
+    """How far an output is off, the rms of its rows, and whether each is off by rounding alone."""
+    least = answer_tolerance(case.dtype)
+    error, allowed = attempt.errors(found, case.dtype, least=least, most=MOST_ALLOWED)
+    return float(error.square().mean().sqrt()), bool((error <= allowed).all())
+
+
+def as_case(call: Call) -> Case:
+    """Return the call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
+    lead = call.query.shape[:-2][:-1]
+
+    def here(name: str) -> Tensor | None:
+        given: Tensor | None = getattr(call, name)
+        if given is None:
+            return None
+        given = given.detach().cpu()
+        return given.double() if given.is_floating_point() else given
+
+    def batched(name: str) -> Tensor | None:
+        if (given := here(name)) is None:
+            return None
+        given = given[(None,) * max(0, 3 - given.ndim)]
+        last = given.shape[-3:]
+        return given.expand(*lead, *last).reshape(lead.numel(), *last)
+
+    own: dict[str, Any] = {f.name: getattr(call, f.name) for f in fields(Call)}
+    own |= {n: batched(n) for n in ("query", "key", "value", "mask", "bias", "upstream")}
+    own |= {n: here(n) for n in ("alibi", "sinks")}
+    own |= {"scale_given": call.scale is not None, "dtype": call.query.dtype}
+    return Case(**own)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call, Positions
-from pytest_attnheat.attention.decisions import ROWS, Misreading, defect
-from pytest_attnheat.attention.misreadings import Case, NotApplicable
+from .call import Call, Positions
+from .decisions import ROWS, Misreading, defect
+from .misreadings import Case, NotApplicable
 
 
 def lengths_of(call: Call) -> tuple[Tensor, Tensor]:
@@ -28,30 +28,13 @@ def bounds(lengths: Tensor) -> Tensor:
 
 
 def packed(tensor: Tensor, lengths: Tensor) -> Tensor:
-    """Return the real part of each sequence, one after the other.
-
-    Args:
-        tensor: (batch, heads, length, width)
-        lengths: How many first elements of each sequence are real, (batch,).
-
-    Returns:
-        (all lengths together, heads, width)
-    """
+    """Return the real part of each sequence, one after the other, (all lengths, heads, width)."""
     real = torch.arange(tensor.shape[2], device=tensor.device) < lengths[:, None]
     return tensor.transpose(1, 2)[real]
 
 
 def unpacked(tensor: Tensor, lengths: Tensor, longest: int) -> Tensor:
-    """Return sequences as a batch again, with zeros where there is none.
-
-    Args:
-        tensor: (all lengths together, ...)
-        lengths: (batch,)
-        longest: The length of each sequence in the batch.
-
-    Returns:
-        (batch, longest, ...)
-    """
+    """Return sequences as a batch again, (batch, longest, ...), with zeros where there is none."""
     real = torch.arange(longest, device=tensor.device) < lengths[:, None]
     whole = tensor.new_zeros(len(lengths), longest, *tensor.shape[1:])
     return whole.index_put((real,), tensor)
@@ -84,11 +67,7 @@ def _corner(case: Case, start: Tensor, stop: Tensor) -> Tensor:
 
 
 def _misread(change: Callable[[Case, Tensor, Tensor], _Reading]) -> Misreading:
-    """What each sequence is given where it is given something else than its own keys.
-
-    Args:
-        change: Called with the case, and where the keys of each sequence begin and end.
-    """
+    """What each sequence is given where it is given something else than its own keys."""
 
     def misread(case: Case) -> Case:
         if case.query_lengths is None:
@@ -116,15 +95,10 @@ def _given(case: Case, start: Tensor, stop: Tensor, stands: Tensor) -> Case:
 
 
 def given(case: Case, key: Tensor, value: Tensor, seen: Tensor, stands: Tensor) -> Case:
-    """Return a case with other keys, and with all rules of positions as its mask.
-
-    Args:
-        case: The case, whose sequences may have several lengths.
-        key: (batch, heads, places, width)
-        value: Likewise.
-        seen: Which of them are read, (batch, places) or (batch, queries, places).
-        stands: Where query 0 of each sequence stands, (batch,).
-    """
+    """Return a case with other keys, and with all rules of positions as its mask."""
+    # Key and value are (batch, heads, places, width), `seen` which of them are read, (batch,
+    # places) or (batch, queries, places), and `stands` where query 0 of each sequence stands,
+    # (batch,).
     maps, query = torch.arange(case.maps)[:, None, None], torch.arange(case.query_len)
     batch, head = maps // case.heads, maps % case.heads
     places = torch.arange(key.shape[2])[None, None]
@@ -150,13 +124,8 @@ def _all_as_one(case: Case, start: Tensor, stop: Tensor) -> _Reading:
 
 
 def _moved(first: int, last: int, *, stands: int | None = None) -> Misreading:
-    """Some keys more or fewer at the ends, of sequences that have any.
-
-    Args:
-        first: What is added to where they begin.
-        last: What is added to where they end.
-        stands: Where queries stand, by how much further than they did; None where that follows.
-    """
+    """Some keys more or fewer at the ends, of sequences that have any."""
+    # `stands`: where queries stand, by how much further than they did; None where that follows.
 
     def change(case: Case, start: Tensor, stop: Tensor) -> _Reading:
         place = None if stands is None else _corner(case, start, stop) + stands

@@ -10,8 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention import chunks
-from pytest_attnheat.attention.call import Call, Positions
+from . import chunks
+from .call import Call, Positions
 
 # How many float64 matrices (queries x keys) one chunk may make.
 _MATRICES = 16
@@ -64,19 +64,15 @@ def parts_of(call: Call, dtype: torch.dtype) -> Iterator[Part]:
             bias = bias.masked_fill(bias == -math.inf, 0.0).to(dtype)
         at = call.positions(maps, span)
         yield Part(
-            own=mine,
-            maps=some,
-            rows=span,
-            at=at,
+            own=mine, maps=some, rows=span, at=at,
             query=rounded(call, "query", part["query"]).to(dtype),
             key=rounded(call, "key", flat["key"][mine["key"]]).to(dtype),
-            value=rounded(call, "value", flat["value"][mine["value"]]).to(dtype),
-            bias=bias,
+            value=rounded(call, "value", flat["value"][mine["value"]]).to(dtype), bias=bias,
             distant=call.distant(at, dtype),
             sinks=None if call.sinks is None else call.sinks.detach().to(dtype)[at.head],
             permitted=permitted.expand(shape),
             upstream=part["upstream"].to(dtype) if "upstream" in part else None,
-        )
+        )  # fmt: skip
 
 
 def flattened(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

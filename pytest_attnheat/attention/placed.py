@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.inputs import InBoxes, as_weights, misuse
+from ..inputs import InBoxes, as_weights, misuse
+from .chunks import pieces
 
 T = TypeVar("T")
 Box = tuple[slice, ...]
@@ -95,20 +95,11 @@ class Placed(Viewed):
     """Weights, or a mask, whose shards lie on several ranks.
 
     A box of it is read by all ranks at once, each of which has to ask for the same.
-
-    Attributes:
-        offset: Where the shard of this rank begins, by dimension.
-        local: That shard.
-        own: What of it lies here, by its place in the whole.
+    `local` is the shard of this rank, which begins at `offset`; `own` is its place in the whole.
     """
 
     def __init__(self, tensor: Any, name: str) -> None:
-        """Read what lies here of a DTensor.
-
-        Raises:
-            TypeError: Ranks hold summands of it, or shards in another order.
-            ValueError: It has no rows, this rank has no part of it, or another than it should.
-        """
+        """Read what lies here of a DTensor."""
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -161,12 +152,8 @@ class Placed(Viewed):
         return Placed(self._tensor.transpose(-2, -1), self._name)
 
     def beside(self, operand: Placed | Tensor, dims: Mapping[int, int]) -> Tensor:
-        """Return what goes with the shard of this rank of another tensor.
-
-        Args:
-            operand: The tensor, which all ranks have, or which lies on ranks as well.
-            dims: Which of its dimensions runs along with one of this. Others are returned whole.
-        """
+        """Return what goes with the shard of this rank of another tensor."""
+        # `dims`: which of its dimensions runs along with one of this. Others are returned whole.
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -194,12 +181,8 @@ class Placed(Viewed):
         return count.bool()
 
     def told(self, one: T, *, of_rows: bool) -> list[T]:
-        """Return what each shard tells, in the order of shards, once of those that lie twice.
-
-        Args:
-            one: What this one tells.
-            of_rows: Whether it is about whole rows, which all ranks tell that have a part of them.
-        """
+        """Return what each shard tells, in the order of shards, once of those that lie twice."""
+        # What is of whole rows is told by all ranks that have a part of them.
         place = self.offset[:-1] if of_rows else self.offset
         found = {place: one} if self.local.numel() else {}
         for dim in range(self._mesh.ndim):

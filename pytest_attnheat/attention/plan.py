@@ -14,32 +14,25 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Positions
-from pytest_attnheat.attention.decisions import SHARDS, Source
-from pytest_attnheat.attention.decisions import Plan as Plan
-from pytest_attnheat.attention.defects import in_order
-from pytest_attnheat.attention.misreadings import Case as Case
-from pytest_attnheat.attention.misreadings import NotApplicable as NotApplicable
-from pytest_attnheat.attention.packing import lengths_of
+from .call import Positions
+from .decisions import Plan as Plan
+from .decisions import Source
+from .defects import in_order
+from .misreadings import Case as Case
+from .misreadings import NotApplicable as NotApplicable
+from .normalising import divided, in_range, normalised
+from .packing import lengths_of
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a plan gives on a case.
+    """What a plan gives on a case."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim), float64
-        weights: (batch, heads, query_len, key_len), float64
-        scores: Of the same shape: scaled, without any mask.
-        permitted: Of the same shape: where the plan lets a query attend.
-        value: (batch, heads, key_len, value_dim): what was used as values.
-    """
-
-    output: Tensor
-    weights: Tensor
-    scores: Tensor
-    permitted: Tensor
-    value: Tensor
+    output: Tensor  # (batch, heads, query_len, value_dim), float64
+    weights: Tensor  # (batch, heads, query_len, key_len), float64
+    scores: Tensor  # Of the same shape: scaled, without any mask
+    permitted: Tensor  # Of the same shape: where the plan lets a query attend
+    value: Tensor  # (batch, heads, key_len, value_dim): what was used as values
 
 
 # How a step is done: it is called with its function, the plan, the case, and what it works on.
@@ -52,18 +45,10 @@ def directly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
-    """Carry out a plan in float64, and keep what there was on the way.
-
-    Args:
-        plan: How attention is computed; `Plan()` is correct.
-        case: Inputs, on the CPU.
-        step: Does each step. What it comes to may depend on the plan, the case and what the steps
-            before came to, and on nothing else.
-
-    Raises:
-        NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
-            of another width.
-    """
+    """Carry out a plan in float64, on the CPU, and keep what there was on the way."""
+    # What a step comes to may depend on the plan, the case and what the steps before came to, and
+    # on nothing else. NotApplicable: the plan cannot be carried out on these shapes, for instance
+    # keys as values of another width.
     case = step(misread, plan, case)
     query, key, value = step(operands, plan, case)
     scores = step(_scores, plan, case, query, key)
@@ -86,16 +71,12 @@ def misread(plan: Plan, case: Case) -> Case:
 
 
 def operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is used as query, key and value, all of as many heads as queries have.
-
-    Raises:
-        NotApplicable: They do not fit together.
-    """
+    """Return what is used as query, key and value, all of as many heads as queries have."""
     groups = case.query.shape[1] // case.key.shape[1]
     tensors: dict[Source, Tensor] = {
         "query": _split(plan, case.query.double()),
-        "key": _grouped(plan, _split(plan, case.key.double()), groups),
-        "value": _grouped(plan, _split(plan, case.value.double()), groups),
+        "key": _grouped(plan, "keys", _split(plan, case.key.double()), groups),
+        "value": _grouped(plan, "values", _split(plan, case.value.double()), groups),
     }
     query, key, value = (tensors[n] for n in (plan.query_from, plan.key_from, plan.value_from))
     query_len, key_len = case.shape[2:]
@@ -116,14 +97,18 @@ def _split(plan: Plan, tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).reshape(tensor.shape)
 
 
-def _grouped(plan: Plan, tensor: Tensor, groups: int) -> Tensor:
-    if groups == 1:
+def _grouped(plan: Plan, name: str, tensor: Tensor, groups: int) -> Tensor:
+    key_heads = tensor.shape[1]
+    if groups == 1 and not plan.in_groups_of_one:
         return tensor
-    if plan.grouping == "tile":
-        return tensor.repeat(1, groups, 1, 1)
-    if plan.grouping == "first":
-        return tensor[:, :1].expand(-1, groups * tensor.shape[1], -1, -1)
-    return tensor.repeat_interleave(groups, 1)
+    head = torch.arange(groups * key_heads)
+    served = {
+        "interleave": head // groups,
+        "tile": head % key_heads,
+        "first": torch.zeros_like(head),
+        "divided": (head // key_heads).clamp(max=key_heads - 1),
+    }[plan.grouping if plan.grouped in ("both", name) else "interleave"]
+    return tensor[:, served]
 
 
 # --- scores
@@ -147,6 +132,9 @@ def _scores(plan: Plan, case: Case, query: Tensor, key: Tensor) -> Tensor:
         "before_scale": lambda: case.capped(products) * factor,
         "not_divided": lambda: cap * torch.tanh(scaled),
         "not_multiplied": lambda: torch.tanh(scaled / cap),
+        "times_score": lambda: scaled * torch.tanh(scaled / cap),
+        "times_own": lambda: scaled * torch.tanh(scaled),
+        "times_quotient": lambda: scaled / cap * torch.tanh(scaled / cap),
     }
     return uncapped.scored(changed[plan.softcap]())
 
@@ -241,7 +229,7 @@ def _weights(
     if plan.masking in ("after", "after_renormalised"):
         weights = weights.masked_fill(~soft, 0.0)
     if plan.masking == "after_renormalised":
-        weights = _divided(plan, weights, weights.sum(-1, keepdim=True) + sink)
+        weights = divided(plan, weights, weights.sum(-1, keepdim=True) + sink)
     weights = _fully_masked_rows(plan, case, weights, hard & soft)
     if plan.scale_after:
         weights = weights * case.factor
@@ -264,142 +252,20 @@ def _filled(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) 
     return scores.masked_fill(~hard, -math.inf)
 
 
-def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers as large or small as a dtype holds; half precision is left to float32 here."""
-    if dtype == torch.float64:
-        return numbers
-    limits = torch.finfo(torch.float32)
-    held = numbers.masked_fill(numbers.abs() < limits.tiny, 0.0)
-    return held.masked_fill(numbers > limits.max, math.inf)
-
-
 def _with_sinks(plan: Plan, case: Case, scores: Tensor) -> tuple[Tensor, Tensor | float]:
     """The weights, and that of the sink: one key more that has no value."""
     if case.sinks is None or plan.dim != "keys" or plan.normaliser == "uniform":
-        return _in_range(_normalised(plan, scores, case), case.dtype), 0.0
+        return in_range(normalised(plan, scores, case), case.dtype), 0.0
     sinks = case.sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
     if plan.sinks == "declared":
-        weights = _normalised(plan, torch.cat([scores, sinks], -1), case)
+        weights = normalised(plan, torch.cat([scores, sinks], -1), case)
     else:
         largest = scores.amax(-1, keepdim=True)
         sinks = sinks - {"outside": 1, "not_shifted": 0, "twice": 2}[plan.sinks] * largest
         numbers = torch.cat([scores - largest, sinks], -1).exp()
         weights = numbers / numbers.sum(-1, keepdim=True)
-    weights = _in_range(weights, case.dtype)
+    weights = in_range(weights, case.dtype)
     return weights[..., :-1], weights[..., -1:]
-
-
-def _normalised(plan: Plan, scores: Tensor, case: Case) -> Tensor:
-    """Weights of scores that are -inf where they are masked."""
-    dims = {"keys": (-1,), "queries": (-2,), "heads": (1,), "batch": (0,), "map": (-2, -1)}
-    dim = dims[plan.dim]
-    kind = plan.normaliser
-    if plan.part and (kind != "softmax" or plan.dim != "keys"):
-        raise NotApplicable("only a softmax over the keys is taken part by part")
-    if kind == "uniform":
-        numbers = scores.isneginf().logical_not().double()
-        return numbers / numbers.sum(dim, keepdim=True)
-    if kind == "scores":
-        return scores
-    if kind == "sigmoid":
-        return torch.sigmoid(scores)
-    if kind == "hard":
-        best = torch.zeros_like(scores).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
-        return best.masked_fill(scores.isneginf().all(-1, keepdim=True), math.nan)
-    if kind == "relu":
-        positive = scores.relu()
-        return _divided(plan, positive, positive.sum(dim, keepdim=True))
-    largest = scores.amax(dim, keepdim=True)
-    shifted = scores - largest  # NaN where there is nothing but -inf
-    if kind == "unnormalised":
-        return scores.exp()
-    if kind == "unnormalised_shifted":
-        return shifted.exp()
-    if kind == "no_maximum":
-        numbers = _in_range(scores.exp(), case.dtype)
-        return _divided(plan, numbers, numbers.sum(dim, keepdim=True))
-    numbers = shifted.exp()
-    if kind == "plus_one":
-        # In units of the largest, which is at least that of the score 0 of the extra key.
-        top = largest.clamp(min=0.0)
-        numbers = (scores - top).exp()
-        return numbers / (torch.exp(-top) + numbers.sum(dim, keepdim=True))
-    if plan.part:
-        return _in_parts(plan, scores, numbers, case)
-    total = numbers.sum(dim, keepdim=True)
-    if kind == "plus_one_shifted":
-        return numbers / (1.0 + total)
-    if kind == "log_softmax":
-        return shifted - total.log()
-    weights = _slices(plan, numbers / total, scores, dim)
-    if kind == "softmax":
-        return weights
-    again = weights if kind == "twice" else weights.masked_fill(scores.isneginf(), -math.inf)
-    return torch.softmax(again, dim[0])
-
-
-def _parts(plan: Plan, scores: Tensor, case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The part of each key, the parts in the order of each query, and the scores of each part."""
-    length = scores.shape[-1]
-    if plan.part == SHARDS:
-        if case.shards is None or length != case.key_len:
-            raise NotApplicable("keys do not lie on several ranks, or a sink lies on none")
-        every, own = torch.arange(case.shards.ranks), case.shards.owner(case.query_len)
-        number = case.shards.owner(length)
-        order = (own[:, None] - every) % case.shards.ranks
-        return number, order, [scores.masked_fill(number != one, -math.inf) for one in every]
-    size = plan.part if plan.part > 0 else max(1, (length + (plan.part < -1)) // 2)
-    number = torch.arange(length) // size
-    number = number if plan.part > 0 else number.clamp(max=1)
-    parts = torch.split(scores, number.bincount().tolist(), -1)
-    return number, torch.arange(len(parts)), list(parts)
-
-
-def _in_parts(plan: Plan, scores: Tensor, numbers: Tensor, case: Case) -> Tensor:
-    """Softmax part by part; `numbers` have the maximum of the whole row subtracted."""
-    number, order, parts = _parts(plan, scores, case)
-    empty = torch.stack([part.isneginf().all(-1) for part in parts], -1)
-    if plan.merging.endswith("empty"):
-        states = {"first_empty": empty[..., 0], "first_two_empty": empty[..., :2].all(-1),
-                  "any_empty": empty.any(-1)}  # fmt: skip
-        weights = numbers / numbers.sum(-1, keepdim=True)
-        return weights.masked_fill(states[plan.merging][..., None], math.nan)
-    if plan.merging in ("output", "sum", "both"):
-        # What is stale has the maximum of its own part's time subtracted.
-        largest = torch.stack([part.amax(-1) for part in parts], -1)
-        order = order.expand_as(largest)
-        largest = largest.gather(-1, order).cummax(-1).values.gather(-1, order.argsort(-1))
-        stale = (scores - largest[..., number]).exp().masked_fill(scores.isneginf(), 0.0)
-        above = stale if plan.merging in ("output", "both") else numbers
-        below = stale if plan.merging in ("sum", "both") else numbers
-        return above / below.sum(-1, keepdim=True)
-    lse = torch.stack([part.logsumexp(-1) for part in parts], -1)
-    own = (scores - lse[..., number]).exp()
-    own = own.nan_to_num(nan=0.0) if plan.empty_slices == "zero" else own
-    if plan.merging in ("mean", "mean_of_seen", "added"):
-        seen = (~empty).sum(-1, keepdim=True).double()
-        if plan.merging == "mean_of_seen":
-            return own / seen
-        return own / len(parts) if plan.merging == "mean" else own
-    base = math.log(2.0) if plan.merging == "e_for_two" else 1.0 / math.log(2.0)
-    return own * torch.softmax(lse * base, -1)[..., number]
-
-
-def _divided(plan: Plan, numbers: Tensor, total: Tensor) -> Tensor:
-    quotient = numbers / total
-    return quotient if plan.empty_slices == "nan" else quotient.masked_fill(total == 0, 0.0)
-
-
-def _slices(plan: Plan, weights: Tensor, scores: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Give what the softmax made of nothing but -inf its meaning, where it is not a row."""
-    if plan.dim == "keys" or plan.empty_slices == "nan":
-        return weights
-    size = math.prod(scores.shape[d] for d in dim)
-    meaning = 0.0 if plan.empty_slices == "zero" else 1.0 / size
-    empty = scores.isneginf().all(dim[-1], keepdim=True)
-    for other in dim[:-1]:
-        empty = empty.all(other, keepdim=True)
-    return weights.masked_fill(empty, meaning)
 
 
 def _fully_masked_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tensor) -> Tensor:

@@ -11,23 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.attention.scoring import (
-    Scoring,
-    broadcast,
-    leading_shape,
-    make_scoring,
-    mismatch,
-)
-from pytest_attnheat.attention.vocabulary import (
-    ALIGNMENTS,
-    SIDES,
-    Alignment,
-    FullyMasked,
-    Side,
-    check_fully_masked,
-)
-from pytest_attnheat.inputs import as_whole, dtype_name, misuse, one_of, positive
+from ..inputs import as_whole, dtype_name, misuse, one_of, positive
+from .chunks import query_chunks
+from .scoring import Scoring, broadcast, leading_shape, make_scoring, mismatch
+from .vocabulary import ALIGNMENTS, SIDES, Alignment, FullyMasked, Side, check_fully_masked
 
 Kind = Literal["soft", "hard", "max_pooling", "gating"]
 
@@ -146,12 +133,7 @@ def padding_mask(
 
 
 def read_lengths(lengths: object, key_len: int, *, batch: int | None = None) -> list[int]:
-    """Return how many keys of each batch entry are real, as plain numbers.
-
-    Raises:
-        TypeError: They are not whole numbers.
-        ValueError: There are none, or not as many as `batch`; or one is out of range.
-    """
+    """Return how many keys of each batch entry are real, as plain numbers."""
     accepted = f"one whole number from 0 to {key_len} for each batch entry"
     try:
         # NumPy knows all byte orders, strides and lists.
@@ -336,10 +318,8 @@ def _fill_fully_masked(weights: Tensor, permitted: Tensor, fully_masked: str) ->
 
 
 def _first_largest(numbers: Tensor, permitted: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest permitted number along `dim`, and True at the first element that holds it.
-
-    `argmax` would not do: it may land on a masked element where all permitted ones are -inf.
-    """
+    """The largest permitted number along `dim`, and True at the first element that holds it."""
+    # `argmax` would not do: it may land on a masked element where all permitted ones are -inf.
     filled = numbers.masked_fill(~permitted, -math.inf)
     largest = filled.amax(dim, keepdim=True)
     holds_it = (filled == largest) & permitted

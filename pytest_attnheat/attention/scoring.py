@@ -22,8 +22,8 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
+from ..inputs import dtype_name, misuse, one_of, positive, seed_number
+from .chunks import query_chunks
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
 ScoringFactory = Callable[[int, int, int], Scoring]
@@ -31,24 +31,17 @@ _Factory = TypeVar("_Factory", bound=ScoringFactory)
 
 
 def draw(stream: str, seed: int, *shape: int) -> Tensor:
-    """Draw standard normal numbers on the CPU, in float64, without touching the global RNG.
-
-    Args:
-        stream: What the numbers are for. Streams of one seed are independent, so that
-            for example the parameters of a scoring function do not repeat the queries.
-        seed: A whole number from 0.
-        shape: The shape of the result.
-    """
+    """Draw standard normal numbers on the CPU, in float64, without touching the global RNG."""
+    # Streams of one seed are independent, so that for example the parameters of a scoring function
+    # do not repeat the queries.
     # The CPU generator reads only 32 bits of its seed: hash stream and seed into them.
     generator = torch.Generator("cpu").manual_seed(crc32(f"{stream} {seed_number(seed)}".encode()))
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def broadcast(*shapes: Sequence[int]) -> torch.Size:
-    """Return the shape that shapes broadcast to; RuntimeError where they do not.
-
-    `torch.broadcast_shapes` imports sympy on its first call, which takes a third of a second.
-    """
+    """Return the shape that shapes broadcast to; RuntimeError where they do not."""
+    # `torch.broadcast_shapes` imports sympy on its first call, which takes a third of a second.
     scalar = torch.empty((), device="cpu")  # expanded to any shape, it takes no memory
     expanded = [scalar.expand(tuple(shape)) for shape in shapes]
     together = torch.broadcast_tensors(scalar, *expanded)  # type: ignore[no-untyped-call]
@@ -62,12 +55,7 @@ def mismatch(accepted: str, **tensors: Tensor) -> str:
 
 
 def leading_shape(**tensors: Tensor) -> torch.Size:
-    """Broadcast the leading dimensions (all but the last two) of named tensors.
-
-    Raises:
-        TypeError: An argument is not a tensor of floating point numbers.
-        ValueError: A tensor has fewer than two dimensions, or they do not broadcast.
-    """
+    """Broadcast the leading dimensions (all but the last two) of named tensors."""
     accepted = "a torch.Tensor of floating point numbers, (..., length, width)"
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -91,7 +79,6 @@ class _ParametricScore(nn.Module):
         self.key_dim = self.query_dim if key_dim is None else positive("key_dim", key_dim)
 
     def extra_repr(self) -> str:
-        """Show the widths in the repr of the module."""
         return f"query_dim={self.query_dim}, key_dim={self.key_dim}"
 
     def _check(self, query: Tensor, key: Tensor) -> torch.Size:
@@ -346,39 +333,22 @@ def scoring_names(extra: Mapping[str, ScoringFactory] | None = None) -> tuple[st
 
 
 def make_scoring(
-    name: str,
-    query_dim: int,
-    key_dim: int | None = None,
+    name: str,  # A name from `scoring_names(extra)`
+    query_dim: int,  # Width of the queries
+    key_dim: int | None = None,  # Width of the keys; `query_dim` by default
     *,
-    seed: int = 0,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    extra: Mapping[str, ScoringFactory] | None = None,
+    seed: int = 0,  # Seed of the parameters
+    device: torch.device | None = None,  # Where the module is moved to; left where it is by default
+    dtype: torch.dtype | None = None,  # What the module is cast to; left as it is by default
+    extra: Mapping[str, ScoringFactory] | None = None,  # More factories by name, for this call only
 ) -> Scoring:
-    """Make a scoring function by name.
-
-    Args:
-        name: A name from `scoring_names(extra)`.
-        query_dim: Width of the queries.
-        key_dim: Width of the keys; `query_dim` by default.
-        seed: Seed of the parameters.
-        device: Where the module is moved to; left where it is by default.
-        dtype: What the module is cast to; left as it is by default.
-        extra: More factories by name, for this call only.
-
-    Raises:
-        TypeError: The factory returned something that cannot be called.
-        ValueError: No scoring function has that name.
-    """
+    """Make a scoring function by name."""
     one_of("scoring function", name, scoring_names(extra))
     factory = (extra or {}).get(name) or _factories[name]
     scoring = factory(query_dim, query_dim if key_dim is None else key_dim, seed)
     if not callable(scoring):
-        raise TypeError(
-            misuse(
-                f"what the factory of scoring function {name!r} returns",
-                repr(scoring),
-                "an nn.Module or a function (query, key) -> scores",
-            )
-        )
+        raise TypeError(misuse(
+            f"what the factory of scoring function {name!r} returns", repr(scoring),
+            "an nn.Module or a function (query, key) -> scores",
+        ))  # fmt: skip
     return scoring.to(device, dtype) if isinstance(scoring, nn.Module) else scoring

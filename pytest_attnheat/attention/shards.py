@@ -17,15 +17,10 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 @dataclass(frozen=True)
 class Shards:
-    """A scheme over some ranks.
+    """A scheme over some ranks."""
 
-    Attributes:
-        scheme: Its name, of `SCHEMES`.
-        ranks: How many ranks there are.
-    """
-
-    scheme: Scheme
-    ranks: int
+    scheme: Scheme  # Its name, of `SCHEMES`
+    ranks: int  # How many ranks there are
 
     @property
     def parts(self) -> int:
@@ -33,12 +28,7 @@ class Shards:
         return self.ranks * (2 if self.scheme == "zigzag" else 1)
 
     def limits(self, only: tuple[Any, ...], *, uneven: bool) -> dict[str, Any]:
-        """Return which calls can be asked, as fields of `levels.Declared`.
-
-        Args:
-            only: What is limited besides.
-            uneven: Whether the last part may be shorter.
-        """
+        """Return which calls can be asked, as fields of `levels.Declared`."""
         if self.scheme == "ulysses":  # each rank takes some of the heads
             only = (*only, ("key_heads", (self.ranks, 2 * self.ranks)))
         return {"parts": self.parts, "uneven": uneven, "only": only}

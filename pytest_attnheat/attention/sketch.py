@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
+from .chunks import pieces
+from .vocabulary import HIDDEN_FROM
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Numbers: TypeAlias = npt.NDArray[np.float64]
@@ -44,19 +44,12 @@ _DROPPED_BITS = 6
 
 @dataclass(frozen=True)
 class Side:
-    """The numbers of all rows, or of all columns, of some maps.
+    """The numbers of all rows, or of all columns, of some maps."""
 
-    Attributes:
-        sums: (maps, groups), what the weights of a row sum to; None where they are not kept.
-        signed: (maps, groups), what they sum to, each multiplied by the number of its position.
-        norms: (maps, groups), the roots of the sums of their squares.
-        span: Rows that are one group; the numbers of their positions go into `signed`.
-    """
-
-    sums: Numbers | None
-    signed: Numbers
-    norms: Numbers
-    span: int = 1
+    sums: Numbers | None  # (maps, groups), what the weights of a row sum to; None if not kept
+    signed: Numbers  # (maps, groups), what they sum to, each times the number of its position
+    norms: Numbers  # (maps, groups), the roots of the sums of their squares
+    span: int = 1  # Rows that are one group; the numbers of their positions go into `signed`
 
     def folded(self, span: int) -> Side:
         """Return the numbers of groups of so many neighbours, of rows or columns not grouped."""
@@ -72,13 +65,9 @@ class Side:
         return Side(sums, signed, np.sqrt(added(self.norms**2)), span)
 
     def excess(self, other: Side, tolerance: float | Numbers, step: float) -> Numbers:
-        """Return how far each group is from another's, (maps, groups), as a part of what may be.
-
-        Args:
-            other: The same rows or columns of other maps.
-            tolerance: By what part of themselves weights may differ; (maps, 1) for each map.
-            step: By what part of their norm both numbers were rounded, together.
-        """
+        """Return how far each group is from another's, (maps, groups), as a part of what may be."""
+        # Weights may differ by a part of themselves, (maps, 1) for each map; `step`: by what part
+        # of their norm both numbers were rounded, together.
         norms = np.maximum(self.norms, other.norms)
         typical = np.sqrt((norms**2).mean(axis=1, keepdims=True))
         free = tolerance * (_NORMS * norms + _TYPICAL * typical) + step * norms
@@ -95,17 +84,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What stands for some maps.
+    """What stands for some maps."""
 
-    Attributes:
-        rows: Of their rows, which are queries.
-        columns: Of their columns, which are keys.
-        step: What the numbers were rounded by, as a part of their norm; 0 for not at all.
-    """
-
-    rows: Side
-    columns: Side
-    step: float = 0.0
+    rows: Side  # Of their rows, which are queries
+    columns: Side  # Of their columns, which are keys
+    step: float = 0.0  # What the numbers were rounded by, as a part of their norm; 0 for not at all
 
     def folded(self, spans: tuple[int, int]) -> Sketch:
         """Return the sketch of groups of rows and of columns."""
@@ -132,23 +115,16 @@ class Sketcher:
 
     def add(
         self,
-        maps: slice,
-        rows: slice,
-        part: Array,
+        maps: slice,  # Which maps
+        rows: slice,  # Which of their rows
+        part: Array,  # Their weights
+        # (maps, keys), of an array without anything below zero or infinite, what no weight of each
+        # column exceeds, if known: then norms of columns are at least what they are, as the square
+        # root of this times the sum, which takes no time
         largest: npt.NDArray[Any] | None = None,
-        key: int = 0,
+        key: int = 0,  # The number of the first key; those before it may be left out
     ) -> None:
-        """Add some rows of some maps, (maps, rows, keys); the last keys may be left out.
-
-        Args:
-            maps: Which maps.
-            rows: Which of their rows.
-            part: Their weights.
-            largest: (maps, keys), of an array without anything below zero or infinite, what no
-                weight of each column exceeds, if known: then norms of columns are at least what
-                they are, as the square root of this times the sum, which takes no time.
-            key: The number of the first key; those before it may be left out.
-        """
+        """Add some rows of some maps, (maps, rows, keys); the last keys may be left out."""
         first, top = maps.start or 0, rows.start or 0
         on_host = not _is_tensor(part) or part.device.type in ("cpu", "mps")
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):
@@ -211,10 +187,8 @@ def positions(count: int) -> Numbers:
 
 
 def _within(count: int, span: int) -> Numbers:
-    """Return numbers of positions that differ within each group: (count,).
-
-    Of two rows of equal numbers, nobody would see that they trade places.
-    """
+    """Return numbers of positions that differ within each group: (count,)."""
+    # Of two rows of equal numbers, nobody would see that they trade places.
     own = positions(count)[1]
     groups = np.arange(count) // span
     order = np.lexsort((np.abs(own), groups))
@@ -224,10 +198,8 @@ def _within(count: int, span: int) -> Numbers:
 
 
 def exact(part: Array) -> Array:
-    """Return a block where it is as float64; on the host as an array, as float32 if that is exact.
-
-    Sums of a block in float32 are off by 1e-7 of their norm, a hundredth of what may differ.
-    """
+    """Return a block where it is, as float64; on the host as an array, as float32 if exact."""
+    # Sums of a block in float32 are off by 1e-7 of their norm, a hundredth of what may differ.
     if _is_tensor(part):
         if part.device.type not in ("cpu", "mps"):
             return part.double()
@@ -254,13 +226,8 @@ def _is_tensor(value: object) -> bool:
 
 
 def packed(sketch: Sketch, step: float, *, column_sums: bool = True) -> bytes:
-    """Return a sketch in as few bytes as show what is larger than `step` times a norm.
-
-    Args:
-        sketch: Not rounded so far.
-        step: What numbers are rounded by, as a part of their norm.
-        column_sums: Whether the sums of columns are kept, which take as much as all else of them.
-    """
+    """Return a sketch in as few bytes as show what is larger than `step` times a norm."""
+    # The sums of columns take as much as all else of them.
     sums = sketch.columns.sums if column_sums else None
     sides = (sketch.rows, Side(sums, sketch.columns.signed, sketch.columns.norms))
     return b"".join(_packed(side, step) for side in sides)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.scoring import draw
+from .scoring import draw
 
 # What slots hold that are not in use. Of ordinary numbers it can be computed what read them.
 UNUSED = ("ordinary", "nan", "large")
@@ -25,36 +25,21 @@ _LEFT, _ROOM, _SPARE = 3, 5, 2
 
 @dataclass(frozen=True)
 class Storage:
-    """How the keys and values of a call are stored. What is stored is the same attention.
+    """How the keys and values of a call are stored. What is stored is the same attention."""
 
-    Attributes:
-        page: How many keys a page holds; 0 for one row of slots for each sequence.
-        appended: How many last keys of each sequence are handed over in the call, as far as it has
-            so many; `OWN` for as many as it has queries.
-        shared: Whether sequences that begin alike share the pages of that.
-        left: Whether the keys of a row begin after its first slot.
-        unused: What slots hold that are not in use, of `UNUSED`, and the buffer of the output.
-        seed: Where the order of pages and ordinary numbers are drawn from.
-    """
-
-    page: int = 0
+    page: int = 0  # How many keys a page holds; 0 for one row of slots for each sequence
+    # How many last keys of each sequence are handed over in the call, as far as it has so many;
+    # `OWN` for as many as it has queries
     appended: int = 0
-    shared: bool = False
-    left: bool = False
-    unused: str = "ordinary"
-    seed: int = 0
+    shared: bool = False  # Whether sequences that begin alike share the pages of that
+    left: bool = False  # Whether the keys of a row begin after its first slot
+    unused: str = "ordinary"  # What slots that are not in use hold, of `UNUSED`, and the buffer
+    seed: int = 0  # Where the order of pages and ordinary numbers are drawn from
 
     def filled(
         self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Return what memory holds before it is used.
-
-        Args:
-            name: What it is for: each has numbers of its own.
-            like: A tensor of the same dtype and device.
-            shape: Its shape.
-            dtype: What ordinary numbers are rounded to; by default the dtype of `like`.
-        """
+        """Return what memory holds before it is used; each name has numbers of its own."""
         if self.unused == "ordinary":
             count = math.prod(shape)
             few = draw(f"unused {name}", self.seed, min(count, _DRAWN)).to(dtype or like.dtype)
@@ -77,26 +62,16 @@ class Cache:
     """The keys and values of a batch of sequences as they are stored.
 
     Slot `n` is place `n % page` of page `n // page`.
-
-    Attributes:
-        storage: How they are stored.
-        page: How many slots a page has; a row of slots is a page.
-        table: The pages of each sequence, (batch, pages); those after its last hold nothing.
-        first: The place of its first key, (batch,).
-        lengths: How many keys it has, with those that are appended, (batch,).
-        appended: How many of them are handed over in the call, (batch,).
-        before: Keys and values before the call, (slots, heads, width) each.
-        after: The same with what is appended where it belongs.
     """
 
-    storage: Storage
-    page: int
-    table: Tensor
-    first: Tensor
-    lengths: Tensor
-    appended: Tensor
-    before: tuple[Tensor, Tensor]
-    after: tuple[Tensor, Tensor]
+    storage: Storage  # How they are stored
+    page: int  # How many slots a page has; a row of slots is a page
+    table: Tensor  # The pages of each sequence, (batch, pages); those after its last hold nothing
+    first: Tensor  # The place of its first key, (batch,)
+    lengths: Tensor  # How many keys it has, with those that are appended, (batch,)
+    appended: Tensor  # How many of them are handed over in the call, (batch,)
+    before: tuple[Tensor, Tensor]  # Keys and values before the call, (slots, heads, width) each
+    after: tuple[Tensor, Tensor]  # The same with what is appended where it belongs
 
     @property
     def kept(self) -> Tensor:
@@ -111,13 +86,7 @@ class Cache:
     def slots(
         self, places: Tensor, *, table: Tensor | None = None, first: Tensor | None = None
     ) -> Tensor:
-        """Return the slots of keys of each sequence, (batch, keys).
-
-        Args:
-            places: Which keys, (keys,) or (batch, keys).
-            table: The pages of each sequence, where they are others.
-            first: The place of its first key, where that is another.
-        """
+        """Return the slots of keys, (keys,) or (batch, keys), of each sequence, (batch, keys)."""
         table = self.table if table is None else table
         at = places + (self.first if first is None else first)[:, None]
         number = (at // self.page).clamp(0, table.shape[1] - 1)
@@ -140,11 +109,7 @@ class Cache:
         return keys, values
 
     def fault(self, found: tuple[Tensor, Tensor]) -> Fault | None:
-        """Return what is wrong with keys and values after a call; None if nothing is.
-
-        Args:
-            found: (slots, heads, width) each.
-        """
+        """Return what is wrong with keys and values after a call; None if nothing is."""
         wrong = torch.zeros(len(found[0]), dtype=torch.bool, device=found[0].device)
         for pool, expected in zip(found, self.after, strict=True):
             same = (pool == expected) | (pool.isnan() & expected.isnan())
@@ -177,23 +142,14 @@ class Cache:
 
 
 def laid_out(
-    storage: Storage,
-    key: Tensor,
-    value: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    dtype: torch.dtype | None = None,
+    storage: Storage,  # How
+    key: Tensor,  # (batch, heads, key_len, width)
+    value: Tensor,  # Likewise
+    queries: Tensor,  # How many queries each sequence has, (batch,)
+    keys: Tensor,  # How many keys, (batch,)
+    dtype: torch.dtype | None = None,  # What stale numbers are rounded to, by default its own
 ) -> Cache:
-    """Store keys and values.
-
-    Args:
-        storage: How.
-        key: (batch, heads, key_len, width)
-        value: Likewise.
-        queries: How many queries each sequence has, (batch,).
-        keys: How many keys, (batch,).
-        dtype: What stale numbers are rounded to, if not to that of the keys.
-    """
+    """Store keys and values."""
     batch, _, key_len, _ = key.shape
     page = storage.page or key_len + _LEFT + _ROOM
     first = torch.arange(batch, device=key.device) % _LEFT + 1

@@ -54,8 +54,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
-from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
+from ..inputs import dtype_name, misuse, wide_dtype
+from .vocabulary import HIDDEN_FROM
 
 if TYPE_CHECKING:  # pictures are compared without torch
     import numpy as np
@@ -158,25 +158,15 @@ def residual_tolerance(dtype: torch.dtype) -> float:
 
 
 def drift_tolerance(dtypes: Iterable[str], depth: int, key_len: int) -> float:
-    """Return by what part weights of a model may differ from those of another run of it.
-
-    Args:
-        dtypes: What both runs, and others that are to be served, compute in: the coarsest counts.
-        depth: How many layers there are.
-        key_len: How many weights a row has.
-    """
+    """Return by what part weights of a model may differ from those of another run of it."""
+    # The coarsest of the dtypes counts, of both runs and of others that are to be served.
     coarsest = max(_DRIFTS.get(dtype, _FLOORS["float32"]) for dtype in dtypes)
     return coarsest * math.sqrt(max(1, depth / _SHALLOW)) + math.sqrt(key_len) * _FLOAT32_EPS
 
 
 def drift_allowed(values: Numbers, hidden: Bools, tolerance: float) -> Numbers:
-    """Return by how much each number of some maps may differ, (..., queries, keys).
-
-    Args:
-        values: Weights or scores, (..., queries, keys).
-        hidden: The same shape; True for what does not count as a weight of its map.
-        tolerance: That of `drift_tolerance`, or one of the user's.
-    """
+    """Return by how much each number of some maps may differ, (..., queries, keys)."""
+    # What is `hidden` does not count as a weight of its map.
     import numpy as np
 
     sizes = np.where(np.isfinite(values), np.abs(values), 0.0)
@@ -202,9 +192,7 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def merging_tolerance(dtype: torch.dtype, parts: int) -> float:
-    """Return by which part of its largest number a head may be off that is merged of so many parts.
-
-    Each part is rounded, and so is each merge of two, by numbers that may be as large as any value,
-    however small their sum is: half an eps for a part, and two for a merge.
-    """
+    """Return by what part of its largest number a head may be off that is merged of parts."""
+    # Each part is rounded, and so is each merge of two, by numbers that may be as large as any
+    # value, however small their sum is: half an eps for a part, and two for a merge.
     return parts * _eps(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
-from pytest_attnheat.inputs import dtype_name, one_of
+from ..inputs import dtype_name, one_of
 
 if TYPE_CHECKING:  # pictures are sketched without torch
     from torch import Tensor
@@ -34,18 +34,10 @@ MASK_MEANINGS: tuple[str, ...] = get_args(MaskMeaning)
 HIDDEN_FROM = -9e3
 
 
-def hides(number: float) -> bool:
-    """Whether a number that is added to a score, or put in its place, hides its key."""
-    return number <= HIDDEN_FROM
-
-
 def permits(mask: Tensor) -> Tensor:
-    """Return where a mask lets a query attend, boolean, of the shape of the mask.
-
-    Args:
-        mask: Boolean, True where a query may attend; or floats that are added to the scores, of
-            which `HIDDEN_FROM` and less hide. NaN hides nothing: it is felt.
-    """
+    """Return where a mask lets a query attend, boolean, of the shape of the mask."""
+    # A mask is boolean, True where a query may attend; or floats that are added to the scores, of
+    # which `HIDDEN_FROM` and less hide. NaN hides nothing: it is felt.
     return mask if dtype_name(mask) == "bool" else ~(mask <= HIDDEN_FROM)
 
 

@@ -12,18 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.sketch import Numbers, Sketch, positions
-from pytest_attnheat.attention.tolerance import drift_allowed, drift_tolerance
-from pytest_attnheat.baselines.relations import (
-    CLOSE,
-    MOST_PLACES,
-    moves,
-    relation_of_cells,
-    relation_of_sketches,
-)
-from pytest_attnheat.failure import number_text
-from pytest_attnheat.heatmaps.maps import Maps
-from pytest_attnheat.heatmaps.record import Heatmaps
+from ..attention.sketch import Numbers, Sketch, positions
+from ..attention.tolerance import drift_allowed, drift_tolerance
+from ..failure import number_text
+from ..heatmaps.maps import Maps
+from ..heatmaps.record import Heatmaps
+from .relations import CLOSE, MOST_PLACES, moves, relation_of_cells, relation_of_sketches
 
 # To what part of a change of one weight the numbers of its row and column agree in it.
 _AGREE = 0.05
@@ -35,27 +29,16 @@ _SUM_MOVED = 1e-4
 
 @dataclass(frozen=True)
 class DataDifference:
-    """How the data of a picture differ from those of its baseline.
+    """How the data of a picture differ from those of its baseline."""
 
-    Attributes:
-        reason: one line, for example "3 of 64 cells differ".
-        details: further lines: the worst cell and a likely relation.
-        worst: (row, column, query, key) of the worst cell; None where shapes or labels differ.
-    """
-
-    reason: str
-    details: list[str]
-    worst: tuple[int, int, int, int] | None = None
+    reason: str  # one line, for example "3 of 64 cells differ"
+    details: list[str]  # further lines: the worst cell and a likely relation
+    worst: tuple[int, int, int, int] | None = None  # (row, column, query, key), or None
 
 
 def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str] = ()) -> float:
-    """Return what follows from both dtypes, rows of panels, which are layers, and keys.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        precision: Other dtypes, by name, in which the same model must agree.
-    """
+    """Return what follows from the dtypes, rows of panels, which are layers, and keys."""
+    # `precision`: other dtypes, by name, in which the same model must agree.
     dtypes = (expected.dtype, actual.dtype, *precision)
     return drift_tolerance(dtypes, expected.shape[0], expected.shape[3])
 
@@ -63,18 +46,9 @@ def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str]
 def compare_data(
     expected: Heatmaps, actual: Heatmaps, tolerance: float | None = None, maps: Maps | None = None
 ) -> DataDifference | None:
-    """Compare what two pictures show, and the sketches of maps that they show pooled.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        tolerance: By what part of itself a weight may differ (`drift_allowed`); by default that of
-            `tolerance_for`.
-        maps: What the picture shows, in full: relations of pooled maps are found with it.
-
-    Returns:
-        The difference, or None.
-    """
+    """Compare what two pictures show, and the sketches of maps that they show pooled."""
+    # Without a tolerance (`drift_allowed`) that of `tolerance_for` counts. `maps` is what the
+    # picture shows, in full: relations of pooled maps are found with it.
     if expected.shape != actual.shape:
         return DataDifference(f"the shape changed from {expected.shape} to {actual.shape}", [])
     if expected.block != actual.block:
@@ -154,29 +128,18 @@ def _compare_sketches(
         f"panels          {_listed(panels)} of {expected.shape[0]} x {expected.shape[1]}",
     ]
     reason = f"weights differ within pooled cells, most in panel {list(place)}"
-    return DataDifference(reason, details, (*place, *_cell_of(expected, query, key)))
-
-
-def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
-    return query // data.block[0], key // data.block[1]
+    cell = query // expected.block[0], key // expected.block[1]
+    return DataDifference(reason, details, (*place, *cell))
 
 
 def said_of_sketches(
-    expected: Sketch,
-    actual: Sketch,
-    excess: tuple[Numbers, Numbers],
-    number: int,
-    queries: Sequence[int] | None = None,
+    expected: Sketch,  # The sketch of what was expected
+    actual: Sketch,  # Of what there is
+    excess: tuple[Numbers, Numbers],  # How far both are apart, as `Sketch.excess` says
+    number: int,  # Which map
+    queries: Sequence[int] | None = None,  # The numbers of its queries, where they are a selection
 ) -> list[str]:
-    """Say which queries and keys of one map differ, and what the worst query sums to.
-
-    Args:
-        expected: The sketch of what was expected.
-        actual: Of what there is.
-        excess: How far both are apart, as `Sketch.excess` says.
-        number: Which map.
-        queries: The numbers of its queries, where they are a selection.
-    """
+    """Say which queries and keys of one map differ, and what the worst query sums to."""
     lines = []
     for singular, plural, found, side, names in (
         ("query", "queries", excess[0], expected.rows, queries),

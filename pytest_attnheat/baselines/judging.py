@@ -29,14 +29,14 @@ from matplotlib import ft2font, rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pytest_attnheat.attention.tolerance import drift_allowed
-from pytest_attnheat.baselines.compare import compare_data, tolerance_for
-from pytest_attnheat.heatmaps.colors import Scale
-from pytest_attnheat.heatmaps.difference import triptych
-from pytest_attnheat.heatmaps.figure import HeatmapFigure
-from pytest_attnheat.heatmaps.layout import Layout
-from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
-from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
+from ..attention.tolerance import drift_allowed
+from ..heatmaps.colors import Scale
+from ..heatmaps.figure import HeatmapFigure
+from ..heatmaps.layout import Layout
+from ..heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
+from ..heatmaps.record import Heatmaps, find_record, read_heatmaps
+from ..heatmaps.showing import triptych
+from .compare import compare_data, tolerance_for
 
 Status = Literal["equal", "text", "pooled", "missing", "unreadable", "data", "panels", "pixels"]
 Outcome = Literal["equal", "text", "size", "panels", "rest"]
@@ -58,25 +58,17 @@ _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found.
+    """What a comparison found."""
 
-    Attributes:
-        status: "equal"; "text" (only text differs, drawn by another matplotlib); "pooled" (equal,
-            but the baseline is from before there were sketches of pooled maps); or why it fails:
-            "missing", "unreadable", "data", "panels", "pixels".
-        reason: one line for a failure.
-        details: further lines.
-        compared: what was compared: "data", "sketch", "pixels".
-        artifacts: files left behind, by name.
-        drawn_by: the matplotlib of the baseline.
-    """
-
+    # "equal"; "text" (only text differs, drawn by another matplotlib); "pooled" (equal, but the
+    # baseline is from before there were sketches of pooled maps); or why it fails: "missing",
+    # "unreadable", "data", "panels", "pixels"
     status: Status
-    reason: str = ""
-    details: list[str] = field(default_factory=list)
-    compared: tuple[str, ...] = ()
-    artifacts: dict[str, Path] = field(default_factory=dict)
-    drawn_by: str = ""
+    reason: str = ""  # one line for a failure
+    details: list[str] = field(default_factory=list)  # further lines
+    compared: tuple[str, ...] = ()  # what was compared: "data", "sketch", "pixels"
+    artifacts: dict[str, Path] = field(default_factory=dict)  # files left behind, by name
+    drawn_by: str = ""  # the matplotlib of the baseline
 
     @property
     def passed(self) -> bool:
@@ -85,24 +77,18 @@ class Verdict:
 
 
 def check(
+    # The figure; one of `show_heatmaps` is compared by its data and its panels, another one by all
+    # pixels
     figure: Figure,
-    baseline: Path,
-    folder: Path,
+    baseline: Path,  # A PNG or SVG file
+    folder: Path,  # Where the pictures are written
+    # For data, by what part of itself a weight may differ; by default what follows from dtypes,
+    # layers and length. For other figures, the root mean square of the pixel differences, of 255;
+    # 0.1 by default.
     tolerance: float | None = None,
-    precision: Sequence[str] = (),
+    precision: Sequence[str] = (),  # Other dtypes, by name, in which the same model must agree
 ) -> Verdict:
-    """Compare a figure with its baseline.
-
-    Args:
-        figure: The figure; one of `show_heatmaps` is compared by its data and its panels,
-            another one by all pixels.
-        baseline: A PNG or SVG file.
-        folder: Where the pictures are written.
-        tolerance: For data, by what part of itself a weight may differ; by default what follows
-            from dtypes, layers and length. For other figures, the root mean square of the pixel
-            differences, of 255; 0.1 by default.
-        precision: Other dtypes, by name, in which the same model must agree.
-    """
+    """Compare a figure with its baseline."""
     actual = folder / f"actual{baseline.suffix}"
     save(figure, actual)
     if not baseline.exists():
@@ -134,11 +120,7 @@ def keep(verdict: Verdict, folder: Path) -> dict[str, Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a figure as a baseline.
-
-    Raises:
-        OSError: The folder or the file cannot be written to.
-    """
+    """Save a figure as a baseline."""
     # What tells the day or the version would change the file and not the picture.
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     file = io.BytesIO()
@@ -149,11 +131,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def write(content: bytes, path: Path) -> None:
-    """Write a file: under another name first, so that none is ever half written.
-
-    Raises:
-        OSError: The folder or the file cannot be written to.
-    """
+    """Write a file: under another name first, so that none is ever half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in path.parent.glob(f"{_PART}*"):
         with suppress(OSError):  # another process may remove it too
@@ -248,7 +226,7 @@ def _check_images(baseline: Path, actual: Path, folder: Path, tolerance: float |
 def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query: int) -> list[str]:
     """Draw the queries around the worst one, expected and actual, one above the other."""
     # Comparing needs no torch; only this view of a failure does.
-    from pytest_attnheat.heatmaps.terminal import format_heatmap
+    from ..heatmaps.terminal import format_heatmap
 
     count = expected.values.shape[2]
     first = max(0, min(query - _ROWS_SHOWN // 2, count - _ROWS_SHOWN))
@@ -257,14 +235,9 @@ def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query:
     low, high = (float(end) for end in expected.limits[row, column])
     for name, data in (("expected", expected), ("actual", actual)):
         text = format_heatmap(
-            data.values[row, column, rows],
-            mask=~data.masked[row, column, rows],
-            first_row=first,
-            marked=[query],
-            vmin=low,
-            vmax=high if high > low else low + 1,
-            title=name,
-        )
+            data.values[row, column, rows], mask=~data.masked[row, column, rows], first_row=first,
+            marked=[query], vmin=low, vmax=high if high > low else low + 1, title=name,
+        )  # fmt: skip
         lines += text.splitlines()
     return lines
 
@@ -275,21 +248,11 @@ def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query:
 def compare_pixels(
     picture: Picture, data: Heatmaps, expected: Path, actual: Path, dpi: float, tolerance: float
 ) -> Outcome:
-    """Compare two files of a picture whose data agree.
-
-    Args:
-        picture: The picture that was drawn.
-        data: The data of the baseline.
-        expected: The baseline, PNG or SVG.
-        actual: The file that was saved from the picture.
-        dpi: The resolution of the picture.
-        tolerance: By what part of itself a weight may differ that no cell of the data shows.
-
-    Returns:
-        "equal"; "text" where only text differs, which another matplotlib or FreeType drew;
-        "size" or "panels" where these differ; "rest" where something else does, under the same
-        matplotlib and FreeType.
-    """
+    """Compare two files of a picture, PNG or SVG, whose data agree."""
+    # Returns "equal"; "text" where only text differs, which another matplotlib or FreeType drew;
+    # "size" or "panels" where these differ; "rest" where something else does, under the same
+    # matplotlib and FreeType. `tolerance`: by what part of itself a weight may differ unseen in
+    # cells.
     images = [_read(path) for path in (expected, actual)]
     if images[0].shape != images[1].shape:
         return "size"
@@ -329,11 +292,9 @@ def compare_pixels(
 def _sheets(
     shown: Shown, data: Heatmaps, size: tuple[int, int], dpi: float, tolerance: float
 ) -> Iterator[Sheet]:
-    """Draw the data of a baseline anew.
-
-    Where a file has fewer cells than its picture, those of the other picture are drawn in their
-    place, then as far off as they may be.
-    """
+    """Draw the data of a baseline anew."""
+    # Where a file has fewer cells than its picture, those of the other picture are drawn in their
+    # place, then as far off as they may be.
     scale = Scale(data.limits[..., 0], data.limits[..., 1], data.scale == "shared")
     if data.block == shown.cells.block:
         cells = replace(shown.cells, values=data.values, masked=data.masked)

@@ -9,51 +9,36 @@ from itertools import product
 import numpy as np
 import torch
 
-from pytest_attnheat.attention.chunks import CHUNK_BYTES
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.placed import Placed, is_placed, with_whole_rows
-from pytest_attnheat.attention.sketch import Numbers, Sketch, Sketcher
-from pytest_attnheat.callables import apart
-from pytest_attnheat.capture.record import AttentionRecord, name_of, parts_of
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
+from ..attention.chunks import CHUNK_BYTES
+from ..attention.lazy import LazyWeights
+from ..attention.placed import Placed, is_placed, with_whole_rows
+from ..attention.sketch import Numbers, Sketch, Sketcher
+from ..callables import apart
+from ..capture.record import AttentionRecord, name_of, parts_of
+from ..capture.trace import Trace
+from ..inputs import dtype_name, misuse, wide_dtype
 
 STATISTICS = ("entropy", "largest weight", "on the first key", "on the key before", "on itself")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of one attention of a model.
+    """What is known of one attention of a model."""
 
-    Attributes:
-        name: The layer, and the number of its call after the first.
-        shape: (batch, heads, query_len, key_len).
-        dtype: What the model computed in, by name.
-        sketch: Of batch x heads maps.
-        statistics: (maps, 5), means over the queries of each map, as `STATISTICS` names them.
-        spread: (maps,), how far the logarithm of the largest weight is above their mean, over keys
-            that have any; a mean over queries.
-        heads: The numbers of its heads, where they are a selection; None for all. So are queries.
-        queries: Those of its queries.
-    """
-
-    name: str
-    shape: tuple[int, int, int, int]
-    dtype: str
-    sketch: Sketch
-    statistics: Numbers
+    name: str  # The layer, and the number of its call after the first
+    shape: tuple[int, int, int, int]  # (batch, heads, query_len, key_len)
+    dtype: str  # What the model computed in, by name
+    sketch: Sketch  # Of batch x heads maps
+    statistics: Numbers  # (maps, 5), means over the queries of each map, as `STATISTICS` names them
+    # (maps,), how far the logarithm of the largest weight is above their mean, over keys that have
+    # any; a mean over queries
     spread: Numbers
-    heads: tuple[int, ...] | None = None
-    queries: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None  # Numbers of its heads, where selected; so are queries
+    queries: tuple[int, ...] | None = None  # Those of its queries
 
 
 def layers_of(trace: object) -> list[Layer]:
-    """Sketch what was captured; no map is held at once.
-
-    Raises:
-        TypeError: It is neither a trace nor a record.
-        ValueError: It is empty, or keeps no weights.
-    """
+    """Sketch what was captured; no map is held at once."""
     if isinstance(trace, AttentionRecord):
         return [_layer_of(trace)]
     if isinstance(trace, LazyWeights):
@@ -93,13 +78,10 @@ def _layer_of_lazy(weights: LazyWeights) -> Layer:
     _, _, queries, keys = shape = _four(weights)
     here = torch.arange(queries) + keys - queries
     found = _sketched(shape, weights.with_zeros().parts(), here)
-    rows = None if weights.sampled is None else tuple(n for r in weights.rows for n in _range(r))
+    runs = () if weights.sampled is None else weights.rows
+    rows = tuple(n for run in runs for n in range(run.start, run.stop)) or None
     dtype = dtype_name(weights.blocks.call.query)
     return Layer("weights", shape, dtype, *found, None, rows)
-
-
-def _range(rows: slice) -> range:
-    return range(rows.start, rows.stop)
 
 
 def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice, torch.Tensor, int]]:
@@ -111,19 +93,12 @@ def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice, torch.Tensor
 
 
 def _sketched(
-    shape: tuple[int, int, int, int],
-    parts: Iterator[tuple[slice, slice, torch.Tensor, int]],
-    here: torch.Tensor,
-    summed: Callable[[Numbers], Numbers] | None = None,
+    shape: tuple[int, int, int, int],  # (batch, heads, query_len, key_len)
+    parts: Iterator[tuple[slice, slice, torch.Tensor, int]],  # Maps, rows, weights, first key
+    here: torch.Tensor,  # The key at each query
+    summed: Callable[[Numbers], Numbers] | None = None,  # Sums what each rank has
 ) -> tuple[Sketch, Numbers, Numbers]:
-    """Return the sketch, the statistics and the spread of maps.
-
-    Args:
-        shape: (batch, heads, query_len, key_len).
-        parts: Some maps, some rows, their weights, and the number of the first key of them.
-        here: The key at each query.
-        summed: Returns the sum of what each rank has, where other ranks have other parts.
-    """
+    """Return the sketch, the statistics and the spread of maps."""
     batch, heads, queries, keys = shape
     sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
     counts = np.zeros((batch * heads, 1))
@@ -175,10 +150,8 @@ def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
 
 
 def _statistics(part: torch.Tensor, itself: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """Return statistics and spread of each row, (maps, rows, 6); `itself` is the key at each.
-
-    Keys are counted from `first`.
-    """
+    """Return statistics and spread of each row, (maps, rows, 6); `itself` is the key at each."""
+    # Keys are counted from `first`.
     wide = part.to(wide_dtype(part.dtype))
     logarithms = wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
     found = [

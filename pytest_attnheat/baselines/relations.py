@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Numbers, Sketch, Sketcher, positions
-from pytest_attnheat.baselines.scaling import factors_of_keys
-from pytest_attnheat.heatmaps.maps import Maps
-from pytest_attnheat.heatmaps.record import Heatmaps
+from ..attention.chunks import spans
+from ..attention.sketch import Numbers, Sketch, Sketcher, positions
+from ..heatmaps.maps import Maps
+from ..heatmaps.record import Heatmaps
+from .scaling import factors_of_keys
 
 # A relation is named where it explains the values to this part of their range.
 CLOSE = 1e-3
@@ -72,14 +72,8 @@ def relation_of_cells(
 def _explanations(
     one: Panels, other: Panels, panels: list[tuple[int, int]], heads: Panels
 ) -> Iterator[tuple[str, Panels]]:
-    """Yield what could have happened to the baseline, and what that would have made of it.
-
-    Args:
-        one: Of the baseline, the panels that differ.
-        other: What they are now.
-        panels: Where they are.
-        heads: Of the baseline, the mean of all panels in the row of each.
-    """
+    """Yield what could have happened to the baseline, and what that would have made of it."""
+    # Of the baseline there are the panels that differ, and the mean of all panels in each's row.
     sources = [int(np.abs(one - panel).max(axis=(1, 2)).argmin()) for panel in other]
     if len(panels) > 1 and len(set(sources)) == len(sources):
         yield _permutation(panels, sources), one[sources]
@@ -188,17 +182,11 @@ def _permutation(panels: list[tuple[int, int]], sources: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What is compared of some maps: three lists of numbers for each.
+    """What is compared of some maps: three lists of numbers for each."""
 
-    Attributes:
-        rows: (maps, queries), sums of weights times the numbers of their positions.
-        sums: (maps, queries), sums of weights.
-        columns: (maps, keys), as `rows`, of keys.
-    """
-
-    rows: Numbers
-    sums: Numbers
-    columns: Numbers
+    rows: Numbers  # (maps, queries), sums of weights times the numbers of their positions
+    sums: Numbers  # (maps, queries), sums of weights
+    columns: Numbers  # (maps, keys), as `rows`, of keys
 
     def far(self, other: _Numbers, norms: tuple[Numbers, Numbers]) -> float:
         """Return how far the worst number is off, as a part of the norm of its weights."""
@@ -223,14 +211,7 @@ def _numbers_of(sketch: Sketch, chosen: Sequence[int]) -> _Numbers:
 def relation_of_sketches(
     expected: Heatmaps, actual: Heatmaps, panels: Sequence[int], maps: Maps | None
 ) -> str | None:
-    """Name how pooled panels that differ follow from the baseline, if the numbers show it.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        panels: Numbers of the panels that differ, row by row.
-        maps: What the picture shows, in full; None where that is not known.
-    """
+    """Name how pooled panels that differ follow from the baseline, if the numbers show it."""
     if expected.sketch is None or actual.sketch is None:
         return None
     before, after = (_numbers_of(data.sketch, panels) for data in (expected, actual) if data.sketch)
@@ -293,10 +274,8 @@ def _undoings(
     sketch: Sketch,
     panels: Sequence[int],
 ) -> Iterator[tuple[str, _Numbers | None]]:
-    """Yield what could have happened, and the numbers of maps in which it is undone.
-
-    None is yielded where a few queries already show that it is not so.
-    """
+    """Yield what could have happened, and the numbers of maps in which it is undone."""
+    # None is yielded where a few queries already show that it is not so.
     same = _undone(live, after, lambda rows, sums: rows)
     if same is None:  # they were changed since they were drawn
         return
@@ -318,10 +297,8 @@ def _undoings(
 
 
 def _undone(live: Sequence[Numbers], before: _Numbers, undo: Undo) -> _Numbers | None:
-    """Return the numbers of maps after something was undone in each of their rows, given its sum.
-
-    Returns None where a few rows do not have the numbers that they should have.
-    """
+    """Return the numbers of maps after something was undone in each row, given its sum, or None."""
+    # None where a few rows do not have the numbers that they should have.
     queries, keys = live[0].shape
     left = positions(keys)[1]
     tried = np.unique(np.linspace(0, queries - 1, _TRIED).astype(int))

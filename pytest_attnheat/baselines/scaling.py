@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Side, positions
+from ..attention.chunks import spans
+from ..attention.sketch import Side, positions
 
 Floats = npt.NDArray[np.float32]
 
@@ -27,14 +27,7 @@ _TINY = 1e-30
 
 
 def factors_of_keys(weights: Floats, rows: Side, columns: Side, number: int) -> Floats:
-    """Return what weights are multiplied by, (keys,), so that each row, divided by its sum, fits.
-
-    Args:
-        weights: (queries, keys), not below zero.
-        rows: Of a sketch, what rows shall have.
-        columns: And columns.
-        number: Which map of the sketch.
-    """
+    """Return what weights are multiplied by, (keys,), so that rows, divided by their sums, fit."""
     search = _Search(weights, rows, columns, number)
     logarithms, damping = search.start(), 1e-2
     cost = search.cost()

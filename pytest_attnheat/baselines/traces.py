@@ -15,24 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.sketch import (
-    Numbers,
-    from_planes,
-    packed,
-    packed_size,
-    planes,
-    unpacked,
-)
-from pytest_attnheat.attention.tolerance import drift_tolerance
-from pytest_attnheat.baselines.compare import numbered, said_of_sketches
-from pytest_attnheat.baselines.judging import Verdict
-from pytest_attnheat.baselines.layers import STATISTICS, Layer, layers_of
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.failure import Failure, Place
-from pytest_attnheat.heatmaps.record import joined, parted, sizes_of
-from pytest_attnheat.inputs import check_tolerance, dtype_names, misuse, multiple
+from ..attention.lazy import LazyWeights
+from ..attention.sketch import Numbers, from_planes, packed, packed_size, planes, unpacked
+from ..attention.tolerance import drift_tolerance
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import Failure, Place
+from ..heatmaps.record import joined, parted, sizes_of
+from ..inputs import check_tolerance, dtype_names, misuse, multiple
+from .compare import numbered, said_of_sketches
+from .judging import Verdict
+from .layers import STATISTICS, Layer, layers_of
 
 # The first folded queries and keys by numbers of their positions that may be equal.
 VERSIONS = (2,)
@@ -88,21 +81,13 @@ def assert_same_attention(
 
 @dataclass(frozen=True)
 class _Moved:
-    """How far one layer is from what was expected of it.
+    """How far one layer is from what was expected of it."""
 
-    Attributes:
-        number: Which layer.
-        expected: What was expected.
-        actual: What it is.
-        excess: How far queries and keys of each map are off, as a part of what may be.
-        tolerance: That of the layer.
-    """
-
-    number: int
-    expected: Layer
-    actual: Layer
-    excess: tuple[Numbers, Numbers]
-    tolerance: float
+    number: int  # Which layer
+    expected: Layer  # What was expected
+    actual: Layer  # What it is
+    excess: tuple[Numbers, Numbers]  # How far queries and keys are off, as a part of what may be
+    tolerance: float  # That of the layer
 
     @property
     def of_maps(self) -> Numbers:
@@ -159,22 +144,16 @@ def compare_layers(
     head, worst_head = int((first.of_maps > 1).argmax()), int(worst.of_maps.argmax())
     heads = np.unique(np.flatnonzero(first.of_maps > 1) % first.expected.shape[1])
     renamed = sum(one != other for one, other in zip(*names, strict=True))
+    layer = f"{first.actual.name} is the first that moved, number {first.number + 1} of "
+    layer += f"{len(expected)}{_before(first.number)}; {_heads(heads, first.actual)} moved"
+    times = multiple(float(worst.of_maps[worst_head]))
+    said = f"{worst.said_of(worst_head)} ({times} times what {worst.tolerance:.1e} of the weights"
     return Failure(
-        caller,
-        "maps moved",
-        broken=sum(int((one.of_maps > 1).sum()) for one in moved),
-        of=sum(len(one.of_maps) for one in moved),
-        layer=f"{first.actual.name} is the first that moved, number {first.number + 1} of "
-        f"{len(expected)}{_before(first.number)}; {_heads(heads, first.actual)} moved",
-        worst=Place(
-            f"{worst.said_of(worst_head)} ({multiple(float(worst.of_maps[worst_head]))} times what "
-            f"{worst.tolerance:.1e} of the weights allows)"
-        ),
-        first=Place(first.said_of(head)),
-        cause=_cause(first),
+        caller, "maps moved", broken=sum(int((one.of_maps > 1).sum()) for one in moved),
+        of=sum(len(one.of_maps) for one in moved), layer=layer, worst=Place(f"{said} allows)"),
+        first=Place(first.said_of(head)), cause=_cause(first), tolerance=first.tolerance,
         assumed=f"{renamed} renamed layers are those of the same place" if renamed else None,
-        tolerance=first.tolerance,
-    )
+    )  # fmt: skip
 
 
 def _before(count: int) -> str:
@@ -241,21 +220,13 @@ def _cause(moved: _Moved) -> str | None:
 
 
 def check(
-    layers: Sequence[Layer],
-    baseline: Path,
-    folder: Path,
-    tolerance: float | None = None,
-    precision: Sequence[str] = (),
+    layers: Sequence[Layer],  # What was captured
+    baseline: Path,  # A file
+    folder: Path,  # Where they are written
+    tolerance: float | None = None,  # By what part of itself a weight may differ
+    precision: Sequence[str] = (),  # Other dtypes, by name, in which the same model must agree
 ) -> Verdict:
-    """Compare attention with its baseline.
-
-    Args:
-        layers: What was captured.
-        baseline: A file.
-        folder: Where they are written.
-        tolerance: By what part of itself a weight may differ.
-        precision: Other dtypes, by name, in which the same model must agree.
-    """
+    """Compare attention with its baseline."""
     actual = folder / f"actual{baseline.suffix}"
     actual.write_text(encode(layers), "ascii")
     artifacts = {"actual": actual}
@@ -294,12 +265,7 @@ def encode(layers: Sequence[Layer]) -> str:
 
 
 def read(path: Path) -> list[Layer]:
-    """Read layers from a file.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is damaged, or no such file.
-    """
+    """Read layers from a file."""
     if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"it is no file of at most {_LARGEST_FILE >> 20} MB")
     return parted(path.read_text("ascii"), VERSIONS, _decode)

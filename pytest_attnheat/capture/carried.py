@@ -13,17 +13,12 @@ Feature: TypeAlias = Literal["scale", "softcap", "window", "chunk", "sinks"]
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """One thing that a module carries.
+    """One thing that a module carries."""
 
-    Attributes:
-        feature: What it declares.
-        name: The attribute: "scaling", "config.sliding_window" ...
-        value: A number: the scale, the cap, how many keys with its own position a query sees, the
-            size of chunks; or the sinks, (heads,).
-    """
-
-    feature: Feature
-    name: str
+    feature: Feature  # What it declares
+    name: str  # The attribute: "scaling", "config.sliding_window" ...
+    # A number: the scale, the cap, how many keys with its own position a query sees, the size of
+    # chunks; or the sinks, (heads,)
     value: Any = field(repr=False)
 
 
@@ -48,16 +43,11 @@ def _root(value: Any) -> float | None:
 
 # The name of an attribute -> what it declares, and how it is read; None for what says nothing.
 _OF_MODULE: dict[str, tuple[Feature, Callable[[Any], Any]]] = {
-    "scaling": ("scale", _number),
-    "scale": ("scale", _number),
-    "softmax_scale": ("scale", _number),
-    "inv_norm_factor": ("scale", _number),
-    "norm_factor": ("scale", _number),
-    "attn_logit_softcapping": ("softcap", _number),
-    "softcap": ("softcap", _number),
-    "sliding_window": ("window", _whole),
-    "sinks": ("sinks", _sinks),
-}
+    "scaling": ("scale", _number), "scale": ("scale", _number), "softmax_scale": ("scale", _number),
+    "inv_norm_factor": ("scale", _number), "norm_factor": ("scale", _number),
+    "attn_logit_softcapping": ("softcap", _number), "softcap": ("softcap", _number),
+    "sliding_window": ("window", _whole), "sinks": ("sinks", _sinks),
+}  # fmt: skip
 # The same of its `config`; the third is what `config.layer_types` calls a layer that has it.
 _OF_CONFIG: dict[str, tuple[Feature, Callable[[Any], Any], str]] = {
     "query_pre_attn_scalar": ("scale", _root, ""),

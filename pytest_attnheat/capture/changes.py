@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_attnheat.capture import CaptureError
-from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers, original
+from . import CaptureError
+from .trace import Trace, Unseen
+from .watching import Layers, original
 
 _NAMED = re.compile(r"attention|attn|mha(?![a-z])", re.IGNORECASE)
 _OPERATORS = re.compile(
@@ -23,11 +23,9 @@ _OPERATORS = re.compile(
 
 
 def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
-    """Name modules that ran in another thread, scripted code, and attention without a record.
-
-    A module whose class is called attention is taken to do attention, unless some is seen in a
-    module around it or within it.
-    """
+    """Name modules that ran in another thread, scripted code, and attention without a record."""
+    # A module whose class is called attention is taken to do attention, unless some is seen in a
+    # module around it or within it.
     for name, module in layers.elsewhere.items():
         if _is_attention(module) and not _lies_in_one(name, layers.elsewhere):
             yield Unseen(name, type(module).__name__, "it ran in another thread")
@@ -71,13 +69,8 @@ def _graph(module: torch.jit.ScriptModule) -> str:
 
 @contextmanager
 def compiled_code_set_aside(model: nn.Module | None, trace: Trace) -> Iterator[None]:
-    """Run what was compiled as it was written, and note in the trace what that is.
-
-    flex_attention compiles a part of itself at each call, even where nobody asked for it.
-
-    Raises:
-        CaptureError: A module is compiled, and this PyTorch cannot set that aside.
-    """
+    """Run what was compiled as it was written, and note in the trace what that is."""
+    # flex_attention compiles a part of itself at each call, even where nobody asked for it.
     compiled = "torch._dynamo" in sys.modules
     if not compiled and "torch.nn.attention.flex_attention" not in sys.modules:
         yield

@@ -10,25 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import weights as weights_of
-from pytest_attnheat.attention.call import Call, ScoreMod
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, both, permits
-from pytest_attnheat.callables import apart
-from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.carried import Carried
-from pytest_attnheat.capture.selection import (
-    Selection,
-    batch_entry,
-    chosen,
-    float_dtype,
-    listed,
-    taken,
-    within,
-)
-from pytest_attnheat.inputs import dtype_name, misuse, readable, wide_dtype
+from ..attention.blocks import weights as weights_of
+from ..attention.call import Call, ScoreMod
+from ..attention.chunks import pieces
+from ..attention.lazy import LazyWeights
+from ..attention.reference import causal_mask
+from ..attention.vocabulary import Alignment, both, permits
+from ..callables import apart
+from ..inputs import dtype_name, misuse, readable, wide_dtype
+from . import CaptureMemoryError
+from .carried import Carried
+from .selection import Selection, batch_entry, chosen, float_dtype, listed, taken, within
 
 # Weights that were kept are looked at so many bytes at a time.
 _PART_BYTES = 16 * 2**20
@@ -41,19 +33,12 @@ Part = Literal["", "keys", "queries"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a distribution over keys is like, without the keys: float32, on the CPU.
+    """What a distribution over keys is like, without the keys: float32, on the CPU."""
 
-    Attributes:
-        row_sum: (batch, heads, query_len)
-        entropy: (batch, heads, query_len), in nats.
-        maximum: (batch, heads, query_len): the largest weight.
-        most_attended: (batch, heads, query_len): the key that has it, int64; -1 without keys.
-    """
-
-    row_sum: Tensor = field(repr=False)
-    entropy: Tensor = field(repr=False)
-    maximum: Tensor = field(repr=False)
-    most_attended: Tensor = field(repr=False)
+    row_sum: Tensor = field(repr=False)  # (batch, heads, query_len)
+    entropy: Tensor = field(repr=False)  # (batch, heads, query_len), in nats
+    maximum: Tensor = field(repr=False)  # (batch, heads, query_len): the largest weight
+    most_attended: Tensor = field(repr=False)  # Of (b, heads, queries): that key; -1 without keys
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -265,18 +250,10 @@ class AttentionRecord:
         if self.queries is not None:
             mask, causal = both(mask, _causal(self)), None
         return Call(
-            query,
-            key,
-            value,
-            mask=_entries(mask, some),
-            bias=_entries(self.bias, some),
-            causal=causal is not None,
-            alignment=causal or "top_left",
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            score_mod=self._renumbered(batch or 0),
-        )
+            query, key, value, mask=_entries(mask, some), bias=_entries(self.bias, some),
+            causal=causal is not None, alignment=causal or "top_left", scale=self.scale,
+            softcap=self.softcap, sinks=self.sinks, score_mod=self._renumbered(batch or 0),
+        )  # fmt: skip
 
     def _renumbered(self, first: int) -> ScoreMod | None:
         """The function of scores, called with numbers of what was selected."""
@@ -390,18 +367,11 @@ class AttentionRecord:
 def parts_of(
     record: AttentionRecord, entry: int | None = None, into: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Go through the weights of a record in parts of bounded size; see `apart`.
-
-    Args:
-        record: Has weights, or is known as a call; then they are computed in float32 or, where
-            the model was in it, float64.
-        entry: The only batch entry that is wanted; None for all.
-        into: (maps, query_len, key_len): memory to make them in, where that spares a copy.
-
-    Yields:
-        Some maps, counted through batch entries and heads, some of their queries, and the weights;
-        those of the last keys may be left out where they are zero.
-    """
+    """Go through the weights of a record in parts of bounded size; see `apart`."""
+    # A record without weights is known as a call; then they are computed in float32 or, where the
+    # model was in it, float64. Yields some maps, counted through batch entries and heads (of one
+    # entry, if one is wanted), some of their queries, and the weights; those of the last keys may
+    # be left out where they are zero. `into`: memory to make them in, where that spares a copy.
     kept = record.kept_weights
     if 0 in record.shape_here:
         return

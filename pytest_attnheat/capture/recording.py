@@ -10,23 +10,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.tolerance import residual_tolerance
-from pytest_attnheat.callables import copied
-from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.carried import Carried, carried_by
-from pytest_attnheat.capture.record import (
-    AttentionRecord,
-    Part,
-    name_of,
-    parts_of,
-    sharing,
-    statistics_of,
-)
-from pytest_attnheat.capture.selection import Selection, matches
-from pytest_attnheat.capture.tags import Tags
-from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers, Refused
-from pytest_attnheat.inputs import readable, wide_dtype
+from ..attention.tolerance import residual_tolerance
+from ..callables import copied
+from ..inputs import readable, wide_dtype
+from . import CaptureMemoryError
+from .carried import Carried, carried_by
+from .record import AttentionRecord, Part, name_of, parts_of, sharing, statistics_of
+from .selection import Selection, matches
+from .tags import Tags
+from .trace import Trace, Unseen
+from .watching import Layers, Refused
 
 Keep = Literal["inputs", "weights", "statistics"]
 KEPT: tuple[Keep, ...] = get_args(Keep)
@@ -41,23 +34,14 @@ _WITH_WEIGHTS = ("given_mask", "bias", "sinks", "sink_weights")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a capture keeps.
+    """What a capture keeps."""
 
-    Attributes:
-        keep: Inputs, from which weights are computed when asked for; weights; or statistics.
-        layers: Patterns of layer names; None for all.
-        heads: Which heads; None for all.
-        queries: Which queries; None for all.
-        max_bytes: What all records, and the weights of one, may take.
-        dtype: That of the weights.
-    """
-
-    keep: Keep
-    layers: Sequence[str] | None
-    heads: Selection | None
-    queries: Selection | None
-    max_bytes: int
-    dtype: torch.dtype
+    keep: Keep  # Inputs, from which weights are computed when asked for; weights; or statistics
+    layers: Sequence[str] | None  # Patterns of layer names; None for all
+    heads: Selection | None  # Which heads; None for all
+    queries: Selection | None  # Which queries; None for all
+    max_bytes: int  # What all records, and the weights of one, may take
+    dtype: torch.dtype  # That of the weights
 
     def wants(self, layer: str) -> bool:
         """Whether a layer is wanted: its name, or that of a module around it, is matched."""
@@ -83,16 +67,11 @@ class Recording:
         if not self._wanted.wants(layer):
             return None
         record = replace(
-            record,
-            layer=layer,
-            call=self._calls[layer],
-            step=max(self._layers.step, 0),
-            training=self._layers.training,
-            tolerance=residual_tolerance(record.dtype),
-            weights_dtype=self._wanted.dtype,
-            most_bytes=self._wanted.max_bytes,
+            record, layer=layer, call=self._calls[layer], step=max(self._layers.step, 0),
+            training=self._layers.training, tolerance=residual_tolerance(record.dtype),
+            weights_dtype=self._wanted.dtype, most_bytes=self._wanted.max_bytes,
             carried=tuple(self._carried(layer, record, tags)),
-        )
+        )  # fmt: skip
         self._calls[layer] += 1
         try:
             selected = self._selected(record)
@@ -203,7 +182,6 @@ class _Taken:
     size: int
 
     def undo(self) -> None:
-        """Take it back."""
         if self.record is not None:
             self.recording._trace._replace(self.record)
             self.recording._calls[self.record.layer] -= 1
@@ -245,11 +223,9 @@ def _sampled(record: AttentionRecord) -> AttentionRecord:
 
 
 def _worst_row(record: AttentionRecord) -> Tensor:
-    """How far weights times value are from the output, in the worst row: a number on the device.
-
-    Each row of the difference (its rms over the channels) is divided by that of the weights
-    times the sizes of the values: values that cancel do not make a rounding error large.
-    """
+    """How far weights times value are from the output, in the worst row: a number on the device."""
+    # Each row of the difference (its rms over the channels) is divided by that of the weights times
+    # the sizes of the values: values that cancel do not make a rounding error large.
     value, output = record.value, record.output
     assert value is not None
     assert output is not None

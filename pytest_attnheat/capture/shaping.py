@@ -11,33 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shaping:
-    """How the leading axes of an attention are batch entries and heads.
+    """How the leading axes of an attention are batch entries and heads."""
 
-    Attributes:
-        lead: The leading axes of the queries.
-        batch: Number of batch entries.
-        heads: Number of heads.
-        packed: How many heads that share keys were written as queries of one; 1 for none.
-    """
-
-    lead: tuple[int, ...]
-    batch: int
-    heads: int
-    packed: int = 1
+    lead: tuple[int, ...]  # The leading axes of the queries
+    batch: int  # Number of batch entries
+    heads: int  # Number of heads
+    packed: int = 1  # How many heads that share keys were written as queries of one; 1 for none
 
     @classmethod
     def of(cls, rows: Tensor, before: tuple[int, ...] | None, heads: int | None) -> Shaping:
-        """Read the axes of queries or weights (..., query_len, width).
-
-        A third axis from the right is one of heads in 4-D. In 3-D it is one of batch entries,
-        unless it was made by joining (batch, heads), or `heads` says what it holds. With more,
-        heads are taken to be in groups.
-
-        Args:
-            rows: The queries, or weights.
-            before: Their shape before they were reshaped, see `tags.Tag`.
-            heads: How many heads a 3-D batch axis holds, if that is known.
-        """
+        """Read the axes of queries or weights (..., query_len, width)."""
+        # A third axis from the right is one of heads in 4-D. In 3-D it is one of batch entries,
+        # unless it was made by joining (batch, heads), see `tags.Tag`, or `heads` says how many it
+        # holds. With more, heads are taken to be in groups.
         lead = tuple(rows.shape[:-2])
         group = rows.shape[-2]
         if before and len(lead) == 2 and before[:3] == (lead[0], lead[1] * group, 1):
@@ -96,10 +82,8 @@ class Shaping:
 
 
 def joined(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
-    """The shape (batch, heads, ...) of a tensor of which these, or heads and queries, were joined.
-
-    Before batch and heads there may be an axis of queries, keys and values.
-    """
+    """The shape (batch, heads, ...) of a tensor of which these, or heads, queries, were joined."""
+    # Before batch and heads there may be an axis of queries, keys and values.
     old, new = tuple(shape), tuple(output.shape)
     if 0 in old or len(new) < 3 or new == old:
         return None

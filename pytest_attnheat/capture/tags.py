@@ -20,50 +20,31 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """A product of two activations.
+    """A product of two activations."""
 
-    Attributes:
-        left: (..., rows, inner)
-        right: (..., columns, inner)
-        factors: What left and right had been multiplied by before; NaN for what is not known.
-        before: The shape of one of them before its axes were joined, see `Tag`.
-        windows: Whether one of them has windows, see `Tag`.
-    """
-
-    left: Tensor
-    right: Tensor
-    factors: tuple[float, float] = (1.0, 1.0)
-    before: tuple[int, ...] | None = None
-    windows: bool = False
+    left: Tensor  # (..., rows, inner)
+    right: Tensor  # (..., columns, inner)
+    factors: tuple[float, float] = (1.0, 1.0)  # Of left and right before; NaN: not known
+    before: tuple[int, ...] | None = None  # The shape of one before its axes were joined
+    windows: bool = False  # Whether one of them has windows, see `Tag`
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What goes along with a product and all that is made of it; tensors broadcast to its shape.
+    """What goes along with a product and all that is made of it; tensors broadcast to its shape."""
 
-    Attributes:
-        origin: The product; None for scores that were made in another way.
-        rows: The row of the left operand, counted through its leading axes; -1 for none. Like
-            the columns on the CPU, where nobody waits for what they say.
-        columns: The row of the right operand; -1 for none. Without a product, the number of the
-            key.
-        zero: What it would be if the product were zero.
-        steps: The numbers that it was multiplied by since.
-        softcap: What a tanh was multiplied by since.
-        went: The functions that changed it.
-        coarsest: The dtype with the largest rounding error that it has had.
-        done: Whether these are weights already, and `zero` is of before.
-    """
-
-    origin: Origin | None
+    origin: Origin | None  # The product; None for scores that were made in another way
+    # The row of the left operand, counted through its leading axes; -1 for none. Like the columns
+    # on the CPU, where nobody waits for what they say.
     rows: Tensor
+    # The row of the right operand; -1 for none. Without a product, the number of the key.
     columns: Tensor
-    zero: Tensor
-    steps: tuple[float, ...] = ()
-    softcap: float | None = None
-    went: tuple[str, ...] = ()
-    coarsest: torch.dtype = torch.float32
-    done: bool = False
+    zero: Tensor  # What it would be if the product were zero
+    steps: tuple[float, ...] = ()  # The numbers that it was multiplied by since
+    softcap: float | None = None  # What a tanh was multiplied by since
+    went: tuple[str, ...] = ()  # The functions that changed it
+    coarsest: torch.dtype = torch.float32  # That with the largest rounding error so far
+    done: bool = False  # Whether these are weights already, and `zero` is of before
 
     @classmethod
     def of(cls, origin: Origin, zero: Tensor, dtype: torch.dtype) -> Scores:
@@ -113,60 +94,35 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Tag:
-    """What is known of one tensor.
+    """What is known of one tensor."""
 
-    Attributes:
-        before: Its shape (batch, heads, length, width) before batch and heads were joined, or
-            heads were packed into queries.
-        windows: Whether its third axis from the right is one of windows of rows, or of a batch that
-            comes after the heads.
-        scores: What goes along with it, if it descends from a product of activations.
-        weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
-        dtype: That of the softmax; None if it is not known.
-        clean: Those before dropout, in the same layout; None where that is the tensor itself.
-        source: How the weights were recognised.
-        dropout: The probability of the dropout that was applied.
-        parametric: Whether its last axis is one of a parameter: the classes of a classifier.
-        turned: Whether axes were exchanged since it became weights.
-        softmaxes: The numbers of the softmaxes that it comes from.
-        factor: The number it was multiplied by: queries may be scaled in place of scores. NaN if
-            something that is not understood was done to it since.
-        sink: The weights and the scores of the sink that was left out, (..., query_len, 1) each.
-        sample: Of what the softmax was given.
-        mixed: Whether the weights of several heads, or softmaxes, were put together in each.
-        routes: Whether these are weights over the classes of a layer.
-        of_experts: Whether it holds what several layers made, beside one another.
-        operands: Two tensors that broadcast, of which it is the product element by element.
-        unnormalised: The product with a value, of weights that their sum has yet to divide.
-        part: Of weights of some of the keys: the first of them, and how many there are in all.
-        parts: The products with values of such parts so far, by their first keys.
-        attended: The attention that it is the result of.
-        grouped: "exp" for an exponential, "sums" for its sums over groups: edges of a graph.
-    """
-
+    # Its shape (batch, heads, length, width) before batch and heads were joined, or heads were
+    # packed into queries
     before: tuple[int, ...] | None = None
-    windows: bool = False
-    scores: Scores | None = None
-    weights: bool = False
-    dtype: torch.dtype | None = None
-    clean: Tensor | None = None
-    source: str = ""
-    dropout: float = 0.0
-    parametric: bool = False
-    turned: bool = False
-    softmaxes: tuple[int, ...] = ()
+    windows: bool = False  # Whether its third axis from the right is one of windows of rows
+    scores: Scores | None = None  # What goes along with it, if it is of activations
+    weights: bool = False  # Whether it is the result of a softmax (or sigmoid, sparsemax)
+    dtype: torch.dtype | None = None  # That of the softmax; None if it is not known
+    clean: Tensor | None = None  # Before dropout, in the same layout; None: the tensor itself
+    source: str = ""  # How the weights were recognised
+    dropout: float = 0.0  # The probability of the dropout that was applied
+    parametric: bool = False  # Whether its last axis is one of a parameter, as of classes
+    turned: bool = False  # Whether axes were exchanged since it became weights
+    softmaxes: tuple[int, ...] = ()  # The numbers of the softmaxes that it comes from
+    # The number it was multiplied by: queries may be scaled in place of scores. NaN if something
+    # that is not understood was done to it since.
     factor: float = 1.0
-    sink: tuple[Tensor, Tensor] | None = None
-    sample: Sample | None = None
-    mixed: bool = False
-    routes: bool = False
-    of_experts: bool = False
-    operands: tuple[Tensor, Tensor] | None = None
-    unnormalised: Any = None
-    part: tuple[int, int] | None = None
-    parts: dict[int, Any] = field(default_factory=dict)
-    attended: Any = None
-    grouped: str = ""
+    sink: tuple[Tensor, Tensor] | None = None  # Weights and scores of the sink left out
+    sample: Sample | None = None  # Of what the softmax was given
+    mixed: bool = False  # Whether the weights of several heads, or softmaxes, were put together
+    routes: bool = False  # Whether these are weights over the classes of a layer
+    of_experts: bool = False  # Whether it holds what several layers made, beside one another
+    operands: tuple[Tensor, Tensor] | None = None  # Two, of which it is the product
+    unnormalised: Any = None  # The product with a value, to be divided by the sums
+    part: tuple[int, int] | None = None  # Of weights of some keys: the first, and of how many
+    parts: dict[int, Any] = field(default_factory=dict)  # Products of such parts, by first key
+    attended: Any = None  # The attention that it is the result of
+    grouped: str = ""  # "exp" for an exponential, "sums" for its sums over groups: edges of a graph
 
 
 class Tags:
@@ -217,12 +173,8 @@ def before_of(sources: Sequence[Tag | Origin | None]) -> tuple[int, ...] | None:
 
 
 def doubt_of(sources: Sequence[Tag | Origin | None], rows: Tensor) -> str:
-    """What about the axes of an attention is a guess, by where its tensors come from.
-
-    Args:
-        sources: What is known of its tensors.
-        rows: Its queries or weights: with four axes, the second is taken to be one of heads.
-    """
+    """What about the axes of an attention is a guess, by where its tensors come from."""
+    # Of rows with four axes, the second is taken to be one of heads.
     before = before_of(sources)
     joined = before is not None and len(rows) == before[0] * before[1] > before[0]
     windows = any(one is not None and one.windows for one in sources) or (rows.ndim == 4 and joined)

@@ -10,35 +10,22 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.selection import (
-    COLUMNS,
-    Selection,
-    batch_entry,
-    checked_patterns,
-    listed,
-    matches,
-)
-from pytest_attnheat.failure import html_table
-from pytest_attnheat.inputs import misuse, whole_number
+from ..failure import html_table
+from ..inputs import misuse, whole_number
+from .record import AttentionRecord
+from .selection import COLUMNS, Selection, batch_entry, checked_patterns, listed, matches
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """Something that looks like attention and could not be read.
+    """Something that looks like attention and could not be read."""
 
-    Attributes:
-        layer: The module in which it happened; empty outside of the model.
-        what: What it was.
-        why: Why it could not be read.
-    """
-
-    layer: str
-    what: str
-    why: str
+    layer: str  # The module in which it happened; empty outside of the model
+    what: str  # What it was
+    why: str  # Why it could not be read
 
     def __str__(self) -> str:
         """Where, what and why."""
@@ -203,7 +190,7 @@ class Trace(Sequence[AttentionRecord]):
             chosen = self.select(queries=whole_number("query", query, least=-most))
             return chosen._show_query(tokens=tokens, batch=batch, options=options)
         maps, given = self._drawn(tokens, batch, options)
-        from pytest_attnheat.heatmaps.showing import show_heatmaps
+        from ..heatmaps.showing import show_heatmaps
 
         return show_heatmaps(maps, **given)
 
@@ -211,22 +198,19 @@ class Trace(Sequence[AttentionRecord]):
         self, *, tokens: Sequence[str] | None, batch: int, options: dict[str, Any]
     ) -> HeatmapFigure:
         """Draw the only query of the records: tokens down, heads across, a panel per record."""
-        from pytest_attnheat.heatmaps.showing import show_heatmaps
+        from ..heatmaps.showing import show_heatmaps
 
         maps, given = self._drawn(tokens, batch, {})
         mask, heads = given["mask"], self._records[0].heads
         numbers = {int(r.queries[0]) for r in self._records if r.queries is not None}
         (own,) = given.get("query_labels", [""])
         defaults = {
-            "xlabel": "Heads",
-            "ylabel": "Keys",
-            "titles": given["row_titles"],
+            "xlabel": "Heads", "ylabel": "Keys", "titles": given["row_titles"],
             "key_labels": None if heads is None else heads.tolist(),
             "query_labels": given.get("key_labels"),
             "title": f"Query {', '.join(map(str, sorted(numbers)))} {own}".rstrip(),
-            "mask": None if mask is None else mask[:, :, 0].mT,
-            "figsize": None,
-        }
+            "mask": None if mask is None else mask[:, :, 0].mT, "figsize": None,
+        }  # fmt: skip
         return show_heatmaps(maps[:, :, 0].mT, **{**defaults, **options})
 
     def _drawn(

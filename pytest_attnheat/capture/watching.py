@@ -16,9 +16,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from pytest_attnheat.callables import apart
-from pytest_attnheat.capture.record import AttentionRecord, Part
-from pytest_attnheat.capture.tags import Tags
+from ..callables import apart
+from .record import AttentionRecord, Part
+from .tags import Tags
 
 _TRANSFORMED = "it ran inside of torch.func (vmap, grad ...)"
 Function = Callable[..., Any]
@@ -28,19 +28,12 @@ Keywords = dict[str, Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of torch that is about to be called.
+    """A function of torch that is about to be called."""
 
-    Attributes:
-        watcher: Who sees it.
-        func: The function.
-        args: Its arguments.
-        kwargs: Its keywords.
-    """
-
-    watcher: Watcher
-    func: Function
-    args: Args
-    kwargs: Keywords
+    watcher: Watcher  # Who sees it
+    func: Function  # The function
+    args: Args  # Its arguments
+    kwargs: Keywords  # Its keywords
 
     def given(self, place: int, name: str, default: Any = None) -> Any:
         """Return an argument by its place or by its name."""
@@ -102,13 +95,8 @@ class Recorder(Protocol):
 class Watcher(TorchFunctionMode):
     """Sees each function of torch that is called in its thread; nested captures share one.
 
-    Args:
-        source_of: Returns the source that knows a function; None for one that tells nothing.
-
-    Attributes:
-        recorders: Who is told.
-        tags: What is known of tensors.
-        heads: How many heads the batch axis of 3-D tensors holds, within multi-head attention.
+    `source_of` returns the source that knows a function; None for one that tells nothing. `heads`
+    is how many the batch axis of 3-D tensors holds, within multi-head attention.
     """
 
     def __init__(self, source_of: Callable[[Function], Source | None]) -> None:
@@ -179,12 +167,7 @@ class Watcher(TorchFunctionMode):
             recorder.found(numbers)
 
     def tell(self, record: AttentionRecord, used: Tensor | None = None) -> list[Taken]:
-        """Hand an attention to all recorders; return what they took.
-
-        Args:
-            record: The attention.
-            used: The weights that were multiplied, if they are known.
-        """
+        """Hand an attention to all recorders; return what they took."""
         tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
         if any(map(is_functorch_wrapped_tensor, tensors)):
             self.miss(record.source, _TRANSFORMED)
@@ -238,12 +221,8 @@ class Layers:
 
     It listens with hooks on each module; one for all would make compiled modules warn. Scripted
     modules take none: they are taken to have run where the module around them ran.
-
-    Attributes:
-        ran: The modules that ran in the thread of the capture, by name, in order.
-        elsewhere: Those that ran in other threads, in which nobody watched.
-        noted: Those in which something ran that is told by its kind: "convolution", "product".
-        step: How often the model itself was called before this call.
+    `ran` are those that ran in the thread of the capture, in order, `elsewhere` those that ran in
+    other threads, in which nobody watched; in those `noted` something ran that is told by its kind.
     """
 
     def __init__(self, model: nn.Module | None, entered: Callable[[nn.Module], None]) -> None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, as_meant, recognise
-from pytest_attnheat.attention.call import Call, MaySee
-from pytest_attnheat.attention.levels import OPTIONS
-from pytest_attnheat.attention.storage import Fault
-from pytest_attnheat.callables import exits_as_errors
+from ..assertions.behaviour.sequences import SequenceModel, as_meant, recognise
+from ..attention.call import Call, MaySee
+from ..attention.levels import OPTIONS
+from ..attention.storage import Fault
+from ..callables import exits_as_errors
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from .spec import AttentionSpec
 
 _NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
 # Fields of `Call` that a subject may take under a keyword, by the field of the specification that
@@ -31,31 +31,19 @@ class UndeclaredError(TypeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a subject returned.
+    """What a subject returned."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        besides: What it returned beside the output as it returned it, weights or a log-sum-exp;
-            None if nothing is declared.
-        fault: What it did to a cache that it was not to do; None if nothing.
-    """
-
-    output: Tensor
-    besides: Any
-    fault: Fault | None = None
+    output: Tensor  # (batch, heads, query_len, value_dim)
+    besides: Any  # What it returned beside the output; None if nothing is declared
+    fault: Fault | None = None  # What it did to a cache that it was not to do; None if nothing
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What a convention found beside a result: what became of a cache.
+    """What a convention found beside a result: what became of a cache."""
 
-    Attributes:
-        result: What the subject returned, or wrote into a buffer.
-        fault: What is wrong with the cache; None if nothing is.
-    """
-
-    result: Any
-    fault: Fault | None
+    result: Any  # What the subject returned, or wrote into a buffer
+    fault: Fault | None  # What is wrong with the cache; None if nothing is
 
 
 def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0, besides: bool = False) -> Answer:

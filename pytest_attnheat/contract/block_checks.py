@@ -10,34 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.invariance import (
+from ..assertions.behaviour.decoding import assert_decode_matches_prefill
+from ..assertions.behaviour.inside import Inside
+from ..assertions.behaviour.invariance import (
     assert_batch_independent,
     assert_key_permutation_invariant,
 )
-from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
-from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
-from pytest_attnheat.assertions.behaviour.memory import memory_of
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
-from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
-from pytest_attnheat.assertions.behaviour.reading import as_sequence
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, decode_takes
-from pytest_attnheat.assertions.behaviour.subject import differ
-from pytest_attnheat.assertions.behaviour.visibility import as_documents
-from pytest_attnheat.assertions.masking import assert_masked
-from pytest_attnheat.assertions.reproduction import assert_reproduces_output
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.contract.captured import assert_rows, diagnoses, layer_of, records_of
-from pytest_attnheat.contract.examination import Check, Examination, Skipped, check, registered
-from pytest_attnheat.contract.needs import is_causal_block, order_may_matter, takes_padding_mask
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Checked, Failure
+from ..assertions.behaviour.layout import assert_layout_invariant
+from ..assertions.behaviour.leakage import assert_no_leakage
+from ..assertions.behaviour.memory import memory_of
+from ..assertions.behaviour.models import ModelSubject
+from ..assertions.behaviour.padding import assert_padding_invariant
+from ..assertions.behaviour.randomness import assert_deterministic
+from ..assertions.behaviour.reading import as_sequence
+from ..assertions.behaviour.sequences import SequenceModel, decode_takes
+from ..assertions.behaviour.subject import differ
+from ..assertions.behaviour.visibility import as_documents
+from ..assertions.masking import assert_masked
+from ..assertions.reproduction import assert_reproduces_output
+from ..attention.call import Call
+from ..attention.tolerance import output_tolerance
+from ..callables import borrowed, modules_in
+from ..capture import CaptureMemoryError
+from ..capture.record import AttentionRecord
+from ..failure import Checked, Failure
+from .captured import assert_rows, diagnoses, layer_of, records_of
+from .examination import Check, Examination, Skipped, check, registered
+from .needs import is_causal_block, order_may_matter, takes_padding_mask
+from .spec import AttentionSpec
 
 # What is said of a block that seems to hold positions, and does not feel them.
 ORDERLESS = (
@@ -98,10 +98,8 @@ def block_no_leakage(examination: Examination) -> None:
 
 
 def _seen(spec: AttentionSpec, inputs: Tensor) -> Tensor:
-    """What is declared that each token may see in a layer, (batch, heads, length, length).
-
-    There is one head, but for a function of the head.
-    """
+    """What is declared that each token may see in a layer, (batch, heads, length, length)."""
+    # There is one head, but for a function of the head.
     (batch, length), heads = inputs.shape[:2], 1
     documents = spec.documents
     if isinstance(documents, Tensor):
@@ -324,13 +322,10 @@ def captured_dropout(examination: Examination) -> None:
     if wrong:
         first = wrong[0]
         raise Failure(
-            "",
-            "attentions drop weights in evaluation mode",
-            broken=len(wrong),
-            of=len(records),
+            "", "attentions drop weights in evaluation mode", broken=len(wrong), of=len(records),
             layer=f"{layer_of(first)}, rate {first.dropout:g}",
             cause="dropout that does not ask for self.training",
-        )
+        )  # fmt: skip
     if not any(record.layer and not record.training for record in records):
         raise Skipped("no module was captured in evaluation mode")
 

@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.rows import assert_row_stochastic
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
-from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked, both
-from pytest_attnheat.callables import borrowed, exits_as_errors, modules_in
-from pytest_attnheat.capture import CaptureError
-from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord, Statistics
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.asking import model_of
-from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Skipped
-from pytest_attnheat.contract.explaining import explained, shown, where_wrong
-from pytest_attnheat.contract.held import Held, held_to
-from pytest_attnheat.contract.matching import Explanation, measure
-from pytest_attnheat.contract.probing import Probe, one_thread
-from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure, Place, number_text
+from ..assertions.behaviour.sequences import SequenceModel
+from ..assertions.rows import assert_row_stochastic
+from ..attention.chunks import index_of
+from ..attention.tolerance import answer_tolerance, row_tolerance
+from ..attention.vocabulary import DeclaredFullyMasked, both
+from ..callables import borrowed, exits_as_errors, modules_in
+from ..capture import CaptureError
+from ..capture.capturing import capture_attention
+from ..capture.record import AttentionRecord, Statistics
+from ..capture.trace import Trace
+from ..failure import Failure, Place, number_text
+from .asking import model_of
+from .diagnosis import Diagnosis, residual_text
+from .examination import Skipped
+from .explaining import explained, shown, where_wrong
+from .held import Held, held_to
+from .matching import Explanation, measure
+from .probing import Probe, one_thread
+from .searching import Search
+from .spec import AttentionSpec
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
@@ -42,15 +42,7 @@ _HALF, _ROUNDED = 0.5, 1e-4
 def records_of(
     spec: AttentionSpec, call: Callable[[], object] | None = None
 ) -> Sequence[AttentionRecord]:
-    """Return the records of a specification: those of its trace, or of its block at work.
-
-    Args:
-        spec: The specification.
-        call: Calls the block; by default it is called on its inputs.
-
-    Raises:
-        Skipped: Nothing could be captured in the block.
-    """
+    """Return the records of a specification: those of its trace, or of its block at work."""
     if isinstance(spec.subject, AttentionRecord):
         return [spec.subject]
     if isinstance(spec.subject, Trace):
@@ -79,11 +71,7 @@ def _captured(
 def diagnose_records(
     spec: AttentionSpec, call: Callable[[], object] | None = None, *, search: bool = True
 ) -> Diagnosis:
-    """Diagnose the first attention that is not what it is declared to be, or any if all are.
-
-    Raises:
-        ValueError: None of them tells enough to be judged; the reasons are listed.
-    """
+    """Diagnose the first attention that is not what it is declared to be, or any if all are."""
     last: Diagnosis | None = None
     reasons: list[str] = []
     for diagnosis in diagnoses(spec, reasons, call, search=search):
@@ -108,10 +96,8 @@ def diagnoses(
     *,
     search: bool = True,
 ) -> Iterator[Diagnosis]:
-    """Diagnose one record after the other; add the reasons why some cannot be.
-
-    What made a wrong output is only searched for in the first that is wrong: it takes seconds.
-    """
+    """Diagnose one record after the other; add the reasons why some cannot be."""
+    # What made a wrong output is only searched for in the first that is wrong: it takes seconds.
     records = records_of(spec, call)
     plain = records if call is None else records_of(spec)
     looked_up = _looked_up(spec, plain)
@@ -135,11 +121,9 @@ def diagnoses(
 
 
 def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[tuple[str, int]]:
-    """The attention of a causal block that looks things up elsewhere than in its own sequence.
-
-    Its keys are the same for other inputs: a memory, as in cross-attention. Causality is not
-    about them.
-    """
+    """The attention of a causal block that looks things up elsewhere than in its own sequence."""
+    # Its keys are the same for other inputs: a memory, as in cross-attention. Causality is not
+    # about them.
     inputs = spec.inputs
     if inputs is None or spec.causal is None or torch.equal(inputs, inputs.flip(1)):
         return set()
@@ -330,19 +314,11 @@ def _sums(
     off = (sums - 1).abs().nan_to_num(nan=torch.inf).masked_fill(right, -1.0)
     worst = index_of(off.argmax(), off.shape)
     found = float(sums[worst])
+    said = f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})"
     raise Failure(
-        "",
-        "rows do not sum to 1",
-        broken=int((~right).sum()),
-        of=right.numel(),
-        layer=layer_of(record),
-        worst=Place(
-            f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})",
-            worst,
-            found,
-        ),
-        tolerance=tolerance,
-    )
+        "", "rows do not sum to 1", broken=int((~right).sum()), of=right.numel(),
+        layer=layer_of(record), worst=Place(said, worst, found), tolerance=tolerance,
+    )  # fmt: skip
 
 
 def layer_of(record: AttentionRecord) -> str:

@@ -13,38 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.invariance import assert_batch_independent
-from pytest_attnheat.assertions.behaviour.layout import (
-    assert_layout_invariant,
-    check_unwritten,
-    versions_of,
-)
-from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
-from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
-from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
-from pytest_attnheat.assertions.precision import assert_gradients_match
-from pytest_attnheat.assertions.reproduction import assert_reproduces_output
-from pytest_attnheat.assertions.rows import assert_row_stochastic
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.drawing import RAGGED, SAME, WINDOWS
-from pytest_attnheat.attention.levels import NONE, OPTIONS, STORED, Choice, text_of
-from pytest_attnheat.attention.shards import Shards
-from pytest_attnheat.attention.storage import UNUSED
-from pytest_attnheat.contract.block_checks import BLOCK_CHECKS as BLOCK_CHECKS
-from pytest_attnheat.contract.block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
-from pytest_attnheat.contract.combinations import ask_pairs
-from pytest_attnheat.contract.examination import Check as Check
-from pytest_attnheat.contract.examination import (
-    Examination,
-    Skipped,
-    check,
-    is_about_dtypes,
-    registered,
-)
-from pytest_attnheat.contract.needs import (
+from ..assertions.behaviour.decoding import assert_decode_matches_prefill
+from ..assertions.behaviour.invariance import assert_batch_independent
+from ..assertions.behaviour.layout import assert_layout_invariant, check_unwritten, versions_of
+from ..assertions.behaviour.leakage import assert_no_leakage
+from ..assertions.behaviour.padding import assert_padding_invariant
+from ..assertions.behaviour.randomness import assert_deterministic
+from ..assertions.precision import assert_gradients_match
+from ..assertions.reproduction import assert_reproduces_output
+from ..assertions.rows import assert_row_stochastic
+from ..attention.call import Call
+from ..attention.chunks import index_of
+from ..attention.computation import reference
+from ..attention.drawing import RAGGED, SAME, WINDOWS
+from ..attention.levels import NONE, OPTIONS, STORED, Choice, text_of
+from ..attention.shards import Shards
+from ..attention.storage import UNUSED
+from ..failure import Checked, Failure, Place
+from .block_checks import BLOCK_CHECKS as BLOCK_CHECKS
+from .block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
+from .combinations import ask_pairs
+from .examination import Check as Check
+from .examination import Examination, Skipped, check, is_about_dtypes, registered
+from .needs import (
     Need,
     all_of,
     declares_fully_masked,
@@ -64,23 +55,19 @@ from pytest_attnheat.contract.needs import (
     takes_option,
     takes_several_lengths,
 )
-from pytest_attnheat.contract.returned import judge_lse
-from pytest_attnheat.contract.sharded import judge_dropout_of_ranks
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Checked, Failure, Place
+from .returned import judge_lse
+from .sharded import judge_dropout_of_ranks
+from .spec import AttentionSpec
 
+# Query heads to a key head: more than the tiles of 16 that kernels take them in, and no multiple.
+_MANY = 24
 # What each level of a call needs to be declared.
 _NEEDS: dict[str, Need] = {
-    "mask": takes_mask,
-    "fill": takes_float_mask,
-    "empty": declares_fully_masked,
-    "causal": takes_causal,
-    "group": takes_groups,
-    "gradients": has_gradients,
-    "ragged": takes_several_lengths,
-    **dict.fromkeys(STORED, reads_a_cache),
+    "mask": takes_mask, "fill": takes_float_mask, "empty": declares_fully_masked,
+    "causal": takes_causal, "group": takes_groups, "gradients": has_gradients,
+    "ragged": takes_several_lengths, **dict.fromkeys(STORED, reads_a_cache),
     **{name: takes_option(name) for name in OPTIONS},
-}
+}  # fmt: skip
 
 
 def _unmet(levels: Mapping[str, Any], spec: AttentionSpec) -> str | None:
@@ -92,11 +79,9 @@ def _unmet(levels: Mapping[str, Any], spec: AttentionSpec) -> str | None:
 def _judged(
     name: str, sentence: str, about: str, *calls: dict[str, Any], refused: bool = False, **more: Any
 ) -> None:
-    """Register the check that judges some calls, by their levels; `about` says what they are.
-
-    It asks those that can be asked, and for the output alone unless they say more. They may be
-    `refused` in any words.
-    """
+    """Register the check that judges some calls, by their levels; `about` says what they are."""
+    # It asks those that can be asked, and for the output alone unless they say more. They may be
+    # `refused` in any words.
 
     def needs(spec: AttentionSpec) -> str | None:
         reasons = [_unmet(levels, spec) for levels in calls]
@@ -114,11 +99,24 @@ def _judged(
         for chosen in asked:
             if refused:
                 _ask(examination, chosen)
-            examination.judge(chosen)
+            if chosen["group"] < _MANY or _takes(examination, chosen):
+                examination.judge(chosen)
 
     run.__doc__ = about
     needy = any(level in _NEEDS for levels in calls for level in levels)
     check(name, sentence, needs=needs if needy else None, **more)(run)
+
+
+def _takes(examination: Examination, chosen: Choice) -> bool:
+    """Whether it takes more query heads to a key head than kernels need to have room for."""
+    declared = examination.space.declared
+    if declared.heads is not None or declared.few_shapes:
+        return False
+    try:
+        _ask(examination, chosen)
+    except Skipped:
+        return False
+    return True
 
 
 def _ask(examination: Examination, chosen: Choice) -> None:
@@ -176,6 +174,7 @@ _judged("fully_masked", "a query that may attend to nothing gives what is declar
         quick=True, issue="pytorch/pytorch#103963")  # fmt: skip
 _judged("grouped", "grouped heads share keys in the order of repeat_interleave",
         "Two and more query heads for one of keys.", {"group": 2}, {"group": 3}, {"group": 4},
+        {"group": _MANY, "sizes": (3, 7)},
         quick=True, issue="fkodom/grouped-query-attention-pytorch#5")  # fmt: skip
 _judged("large_scores", "where scores are large it is attention",
         "Scores of a few hundred: exp of them overflows in every dtype but float64.",
@@ -208,9 +207,11 @@ _STORED: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 for _name, _sentence, _calls in (
-    ("softcap", "softcap bounds the scores before the mask", [{"softcap": True}]),
+    ("softcap", "softcap bounds the scores before the mask",
+     [{"softcap": True, **hides} for hides in ({}, {"mask": "boolean"}, {"causal": True})]),
     ("sinks", "a sink joins the sum of each row, and has no value", [{"sinks": True}]),
-    ("alibi", "a score falls with the distance of query and key", [{"alibi": True}]),
+    ("alibi", "a score falls with the distance of query and key",
+     [{"alibi": True}, {"alibi": True, "key_heads": 3}]),
     ("bias", "a bias is added to the scores", [{"bias": True}]),
     ("documents", "a query sees its own document alone", [{"documents": True, "sizes": (7, 7)}]),
     ("lengths", "a batch entry sees as many keys as its length says",
@@ -311,8 +312,16 @@ def decoding(examination: Examination) -> None:
     issue="pytorch/pytorch#181133",
 )
 def layout(examination: Examination) -> None:
-    """Permuted, strided, expanded and misaligned inputs."""
+    """Permuted, strided, expanded and misaligned inputs, masks as well where values are as wide."""
     assert_layout_invariant(examination.spec, *examination.case().tensors)
+    # Public kernels say how a mask has to lie, and refuse another one.
+    masked = examination.spec.mask is not None and examination.spec.convention is None
+    try:
+        call = examination.case(value_dim="equal", **({"mask": "boolean"} if masked else {}))
+    except Skipped:
+        return
+    given: dict[str, Any] = {} if call.mask is None else {"attn_mask": call.mask}
+    assert_layout_invariant(_of_whole_masks(examination), *call.tensors, **given)
 
 
 @check("repeats", "the same input gives the same output, and stays as it is", quick=True,
@@ -401,14 +410,11 @@ def _assert_averaged(weights: Tensor, call: Call) -> None:
     worst = index_of(off.argmax(), off.shape)
     found, wanted = float(weights[worst]), float(mean[worst])
     raise Failure(
-        "",
-        "weights are not the mean of those of the heads",
-        broken=int((off > allowed).sum()),
+        "", "weights are not the mean of those of the heads", broken=int((off > allowed).sum()),
         of=off.numel(),
         worst=Place(f"weights{[*worst]} is {found:.6g}, the mean {wanted:.6g}", worst, found),
-        tensor=Checked.of(weights),
-        tolerance=allowed,
-    )
+        tensor=Checked.of(weights), tolerance=allowed,
+    )  # fmt: skip
 
 
 CHECKS: tuple[Check, ...] = registered("function")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
-from pytest_attnheat.assertions.precision_judgement import RIGHT
-from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.drawing import RAGGED, SAME
-from pytest_attnheat.attention.levels import (
+from ..assertions.precision_judgement import RIGHT
+from ..attention.cases import DTYPES
+from ..attention.drawing import RAGGED, SAME
+from ..attention.levels import (
     NONE,
     OPTIONS,
     SIZES,
@@ -25,15 +25,9 @@ from pytest_attnheat.attention.levels import (
     shrunk,
     text_of,
 )
-from pytest_attnheat.contract.examination import (
-    Check,
-    Examination,
-    Skipped,
-    is_about_dtypes,
-    is_refusal,
-)
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name, misuse
+from ..failure import Failure
+from ..inputs import dtype_name, misuse
+from .examination import Check, Examination, Skipped, is_about_dtypes, is_refusal
 
 # Features whose levels may be refused: all but what is asked of the answer.
 _ASKED = ("numbers", "gradients")
@@ -45,17 +39,11 @@ _ROUNDS = 4
 # The check that a replay is.
 REPLAY = "replay"
 # All calls that any subject may be asked.
-_EVERYTHING = Space(
-    Declared(
-        masks=frozenset(("boolean", "additive")),
-        causal=True,
-        options=frozenset(OPTIONS),
-        grouped=True,
-        most_weights=sys.maxsize,
-        ragged=(*RAGGED, *SAME[1:]),
-        stored=(("shared", (False, True)), ("left", (False, True))),
-    )
-)
+_EVERYTHING = Space(Declared(
+    masks=frozenset(("boolean", "additive")), causal=True, options=frozenset(OPTIONS), grouped=True,
+    most_weights=sys.maxsize, ragged=(*RAGGED, *SAME[1:]),
+    stored=(("shared", (False, True)), ("left", (False, True))),
+))  # fmt: skip
 # What calls that are wrong share with a smaller probability is no chance.
 _CHANCE = 1e-3
 _Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]
@@ -63,15 +51,10 @@ _Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]
 
 @dataclass
 class Refusals:
-    """What the subject turned out not to take, found by asking for little besides.
+    """What the subject turned out not to take, found by asking for little besides."""
 
-    Attributes:
-        examination: What is examined.
-        known: By what was refused, the levels of one feature or of two: its words, or None where
-            it is taken.
-    """
-
-    examination: Examination
+    examination: Examination  # What is examined
+    # By what was refused, the levels of one feature or of two: its words, or None where it is taken
     known: dict[Levels, str | None] = field(default_factory=dict)
 
     def of(self, chosen: Choice, error: Exception) -> bool:
@@ -90,11 +73,9 @@ class Refusals:
         return is_refusal(error) or self.known.get(special) is not None
 
     def _names_two(self, named: Mapping[str, Any], error: Exception) -> bool:
-        """Whether an error is about two of the arguments that were given, by their keywords.
-
-        "attn_mask should not be set when is_causal": a subject may take both in some of its ways
-        to compute, and decline them in others.
-        """
+        """Whether an error is about two of the arguments that were given, by their keywords."""
+        # "attn_mask should not be set when is_causal": a subject may take both in some of its ways
+        # to compute, and decline them in others.
         raw = any(words in str(error) for words in (*_OF_DEVICES, *_OF_SHAPES))
         if raw or not isinstance(error, RuntimeError | ValueError):
             return False
@@ -136,11 +117,9 @@ class Refusals:
 
 
 def _is_raw(error: Exception, levels: Mapping[str, Any]) -> bool:
-    """Whether an error is no word of somebody who declines.
-
-    A device that fails is one. So are shapes that do not fit where two things come together that
-    are taken each alone, one of them lengths: who declines lengths declines them with anything.
-    """
+    """Whether an error is no word of somebody who declines."""
+    # A device that fails is one. So are shapes that do not fit where two things come together that
+    # are taken each alone, one of them lengths: who declines lengths declines them with anything.
     text = str(error)
     if is_about_dtypes(error) or any(words in text for words in _OF_DEVICES):
         return True
@@ -153,13 +132,9 @@ def _words(error: Exception) -> str:
 
 
 class Counted(str):
-    """A text with the numbers that it says.
+    """A text with the numbers that it says."""
 
-    Attributes:
-        counts: The numbers, by name.
-    """
-
-    counts: dict[str, int]
+    counts: dict[str, int]  # The numbers, by name
 
     def __new__(cls, text: str, counts: dict[str, int] | None = None) -> Counted:
         """Make the text, with its numbers."""
@@ -169,13 +144,9 @@ class Counted(str):
 
 
 def ask_pairs(examination: Examination) -> Counted:
-    """Judge calls in which every pair of levels occurs; return how many pairs that were.
-
-    Raises:
-        Failure: Some call is wrong. It is about the smallest one found that still is.
-        Exception: What the subject raises for it.
-        Skipped: It refuses every call.
-    """
+    """Judge calls in which every pair of levels occurs; return how many pairs that were."""
+    # The failure is about the smallest call found that is still wrong. Skipped: it refuses every
+    # call.
     refusals = Refusals(examination)
     asked: list[dict[str, Any]] = []
     wrong: _Wrong = []
@@ -305,25 +276,15 @@ def _shared(
 
 @dataclass(frozen=True)
 class Replay:
-    """One call as a failed examination printed it.
+    """One call as a failed examination printed it."""
 
-    Attributes:
-        levels: Its levels as text; what is left out is ordinary.
-        dtype: The dtype that it names, if it does.
-        seed: The seed that it names, if it does.
-    """
-
-    levels: str
-    dtype: str | None = None
-    seed: int | None = None
+    levels: str  # Its levels as text; what is left out is ordinary
+    dtype: str | None = None  # The dtype that it names, if it does
+    seed: int | None = None  # The seed that it names, if it does
 
     @classmethod
     def of(cls, text: str) -> Replay:
-        """Read a text.
-
-        Raises:
-            ValueError: It is a call of no subject.
-        """
+        """Read a text."""
         given = dict(re.findall(r"(?:^|\s)(dtype|seed)=(\S*)", text))
         dtype, seed = given.get("dtype"), given.get("seed")
         if dtype not in (None, *DTYPES):

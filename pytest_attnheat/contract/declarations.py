@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from pytest_attnheat.contract.block_checks import BLOCK_CHECKS
-from pytest_attnheat.contract.captured import causal_inside
-from pytest_attnheat.contract.conventions import fitting
-from pytest_attnheat.contract.examination import Check, Examination, Skipped
-from pytest_attnheat.contract.needs import all_undeclared, undeclared_tensors
-from pytest_attnheat.contract.spec import AttentionSpec
+from .block_checks import BLOCK_CHECKS
+from .captured import causal_inside
+from .conventions import fitting
+from .examination import Check, Examination, Skipped
+from .needs import all_undeclared, undeclared_tensors
+from .spec import AttentionSpec
 
 _MASKS = ({"mask": "keep"}, {"mask": "drop"})
 _LAYOUTS = ({"layout": "bhld"}, {"layout": "blhd"})
@@ -54,14 +54,8 @@ _DECODER = (
 
 
 def hints_of(spec: AttentionSpec, unsaid: Sequence[str] | None = None) -> tuple[str, ...]:
-    """What a specification leaves unsaid of parameters that sound like one of its fields.
-
-    Or of a module of PyTorch, which is no function of queries, keys and values.
-
-    Args:
-        spec: What is claimed.
-        unsaid: `all_undeclared` of it, where that is known.
-    """
+    """What a specification leaves unsaid of parameters that sound like one of its fields."""
+    # Or of a module of PyTorch, which is no function of queries, keys and values.
     found = [*(all_undeclared(spec) if unsaid is None else unsaid)]
     if tensors := undeclared_tensors(spec):
         found.append(tensors)

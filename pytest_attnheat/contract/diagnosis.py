@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.failure import html_table
-from pytest_attnheat.heatmaps.terminal import format_heatmap
+from ..failure import html_table
+from ..heatmaps.terminal import format_heatmap
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 # Maps in a message.
 _MOST_ROWS, _MOST_KEYS = 8, 16
@@ -135,7 +135,7 @@ class Diagnosis:
         Raises:
             ValueError: There are no weights, as for a subject whose output is right.
         """
-        from pytest_attnheat.heatmaps.showing import show_heatmaps
+        from ..heatmaps.showing import show_heatmaps
 
         maps = self._maps()
         if not maps:
@@ -145,16 +145,11 @@ class Diagnosis:
         largest = _scale([maps.get("difference", maps["expected"])])
         upto = "" if largest == 1.0 else f", drawn up to {largest:.2g}"
         return show_heatmaps(
-            torch.stack(list(maps.values())).unsqueeze(0),
-            xlabel="Keys",
-            ylabel="Queries",
+            torch.stack(list(maps.values())).unsqueeze(0), xlabel="Keys", ylabel="Queries",
             titles=list(maps),
             title=f"{self.subject}: {self.case}, batch {self.place[0]}, head {self.place[1]}{upto}",
-            figsize=None,
-            cmap="RdBu_r",
-            vmin=-largest,
-            vmax=largest,
-        )
+            figsize=None, cmap="RdBu_r", vmin=-largest, vmax=largest,
+        )  # fmt: skip
 
     def _next_best(self) -> str:
         if self.healthy or not self.next_best_defects or math.isinf(self.next_best):

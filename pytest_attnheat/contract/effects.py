@@ -12,17 +12,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_elements import judge
-from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.backward import Saved, carried_back, off_by
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BackwardPlan
-from pytest_attnheat.attention.mistakes import MOST_ALLOWED
-from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
-from pytest_attnheat.attention.tolerance import answer_tolerance
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Form, Version
+from ..assertions.precision_elements import judge
+from ..attention import computation
+from ..attention.backward import Saved, carried_back, off_by
+from ..attention.call import Call
+from ..attention.decisions import BackwardPlan
+from ..attention.outcomes import MOST_ALLOWED, Expected, Outcomes, digest
+from ..attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from ..attention.tolerance import answer_tolerance
+from .spec import AttentionSpec
+from .versions import Form, Version
 
 # By how many times what a plain computation is off, at each number, a defect has to be: what
 # `assert_matches_reference` allows. And by how many times what the target itself is off.
@@ -74,29 +73,18 @@ def largest_of_heads(exact: Tensor) -> Tensor:
 
 @dataclass
 class Effect:
-    """What was asked of a version, and what its defect changed.
+    """What was asked of a version, and what its defect changed."""
 
-    Attributes:
-        calls: How many calls there were.
-        active: On how many of them it changed the answer, or the gradients, beyond rounding.
-        off: By how much at most, as a part of the largest number of a head; NaN counts as inf.
-        off_by: Likewise, in numbers.
-        rounding: What rounding may do at most where it was off, likewise.
-        dtype: The dtype of that call.
-        set_aside: How many calls were answered as the target does, whatever is planted, by why.
-        refused: Why calls were not understood.
-        seen: What the calls had, see `never_exercised`.
-    """
-
-    calls: int = 0
-    active: int = 0
-    off: float = 0.0
-    off_by: float = 0.0
-    rounding: float = 0.0
-    dtype: str = ""
+    calls: int = 0  # How many calls there were
+    active: int = 0  # On how many of them it changed the answer, or the gradients, beyond rounding
+    off: float = 0.0  # By how much at most, as a part of the largest number of a head
+    off_by: float = 0.0  # Likewise, in numbers
+    rounding: float = 0.0  # What rounding may do at most where it was off, likewise
+    dtype: str = ""  # The dtype of that call
+    # How many calls were answered as the target does, whatever is planted, by why
     set_aside: Counter[str] = field(default_factory=Counter)
-    refused: dict[str, None] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
+    refused: dict[str, None] = field(default_factory=dict)  # Why calls were not understood
+    seen: set[str] = field(default_factory=set)  # What the calls had, see `never_exercised`
 
     @property
     def unfit(self) -> tuple[str, ...]:
@@ -115,17 +103,11 @@ class Effect:
 
 @dataclass(frozen=True, eq=False)
 class Slopes:
-    """The gradients of a call, and how far rounding may move each number of them.
+    """The gradients of a call, and how far rounding may move each number of them."""
 
-    Attributes:
-        saved: What the forward pass leaves, with the gradient of the output.
-        right: By name, as `Call.shapes` has them.
-        allowed: By how much each matrix may be off: what a plain computation is, and as much again.
-    """
-
-    saved: Saved
-    right: dict[str, Tensor]
-    allowed: dict[str, Tensor]
+    saved: Saved  # What the forward pass leaves, with the gradient of the output
+    right: dict[str, Tensor]  # By name, as `Call.shapes` has them
+    allowed: dict[str, Tensor]  # By how much each matrix may be off: a plain one, twice
 
     @classmethod
     def of(cls, call: Call, upstream: Tensor) -> Slopes:
@@ -169,13 +151,7 @@ class Known:
     """A call that was read, what attention gives on it, and which forms of defects show."""
 
     def __init__(self, case: Case, tolerance: float, found: Tensor | None = None) -> None:
-        """Compute what attention gives.
-
-        Args:
-            case: The call.
-            tolerance: What is declared of the target, as a part of the largest number of a head.
-            found: What the target answers, (batch, heads, query_len, value_dim) in float64.
-        """
+        """Compute what attention gives."""
         self.case = case
         self._least = max(answer_tolerance(case.dtype), tolerance)
         self._outcomes = Outcomes(case)
@@ -238,10 +214,8 @@ class Known:
         return bool((error <= allowed).all())
 
     def chosen(self, version: Version) -> Chosen | None:
-        """Return the first form of a defect that changes this call, None if none does.
-
-        The output is kept of the version that was asked last.
-        """
+        """Return the first form of a defect that changes this call, None if none does."""
+        # The output is kept of the version that was asked last.
         if version not in self._chosen:
             self._chosen = {one: known and replace(known, output=None)
                             for one, known in self._chosen.items()}  # fmt: skip

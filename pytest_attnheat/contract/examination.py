@@ -12,28 +12,19 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.precision_calls import Criteria, Run
-from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.computation import plain, reference
-from pytest_attnheat.attention.levels import (
-    NONE,
-    NUMBERS,
-    OPTIONS,
-    Choice,
-    Declared,
-    Space,
-    said_of,
-    text_of,
-)
-from pytest_attnheat.attention.shards import Shards
-from pytest_attnheat.callables import borrowed, exits_as_errors, is_past_compiling, modules_in
-from pytest_attnheat.contract.asking import UndeclaredError, keyword_of, model_of
-from pytest_attnheat.contract.needs import Need, takes_causal, takes_mask
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name
+from ..assertions.behaviour.sequences import SequenceModel
+from ..assertions.precision_calls import Criteria, Run
+from ..assertions.precision_judging import judge_call
+from ..attention.call import Call
+from ..attention.computation import plain, reference
+from ..attention.levels import NONE, NUMBERS, OPTIONS, Choice, Declared, Space, said_of, text_of
+from ..attention.shards import Shards
+from ..callables import borrowed, exits_as_errors, is_past_compiling, modules_in
+from ..failure import Failure
+from ..inputs import dtype_name
+from .asking import UndeclaredError, keyword_of, model_of
+from .needs import Need, takes_causal, takes_mask
+from .spec import AttentionSpec
 
 # What a check examines: a function, a block with projections of its own, or what was captured.
 Kind: TypeAlias = Literal["function", "block", "captured"]
@@ -59,10 +50,8 @@ _REFUSALS = ("No available kernel", "No viable backend", "not implemented for", 
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a subject says that it does not do what it is asked, as fused kernels say it.
-
-    Or its specification does: of a mask that its one shape cannot say.
-    """
+    """Whether a subject says that it does not do what it is asked, as fused kernels say it."""
+    # Or its specification does: of a mask that its one shape cannot say.
     if isinstance(error, AssertionError | ValueError) and error.__cause__ is not None:
         return is_refusal(error.__cause__)
     if isinstance(error, UndeclaredError):
@@ -80,23 +69,14 @@ def is_about_dtypes(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Examination:
-    """What a check is given.
+    """What a check is given."""
 
-    Attributes:
-        spec: What the implementation claims.
-        dtype: The dtype of all inputs.
-        device: Where they are.
-        seed: Where they are drawn from.
-        quick: Whether to examine little.
-        tell: Called with this and each call that is drawn, as `Replay` takes it.
-    """
-
-    spec: AttentionSpec
-    dtype: torch.dtype
-    device: torch.device
-    seed: int = 0
-    quick: bool = False
-    tell: Callable[[Examination, str], None] | None = None
+    spec: AttentionSpec  # What the implementation claims
+    dtype: torch.dtype  # The dtype of all inputs
+    device: torch.device  # Where they are
+    seed: int = 0  # Where they are drawn from
+    quick: bool = False  # Whether to examine little
+    tell: Callable[[Examination, str], None] | None = None  # Called with each call that is drawn
 
     @cached_property
     def space(self) -> Space:
@@ -125,13 +105,11 @@ class Examination:
         return False
 
     def _is_wide(self, declared: Declared) -> bool:
-        """Whether it rounds to float16 at the end alone, so that its products may not overflow.
-
-        What computes in float16 all the way is judged by what float16 can do. Where the scores
-        are exact in it, the output of the other is the exact one, rounded once. So may be that of
-        a query with one key, whatever computes it: where a plain computation in float16 gives
-        nearly the same, it is not told.
-        """
+        """Whether it rounds to float16 at the end alone, so that its products may not overflow."""
+        # What computes in float16 all the way is judged by what float16 can do. Where the scores
+        # are exact in it, the output of the other is the exact one, rounded once. So may be that of
+        # a query with one key, whatever computes it: where a plain computation in float16 gives
+        # nearly the same, it is not told.
         space = self._space_of(declared)
         try:
             call = self._drawn(space, space.choice(numbers="structured", sizes=(31, 31)))
@@ -152,10 +130,8 @@ class Examination:
 
     @cached_property
     def unserved(self) -> str:
-        """Why a public callable is not asked in this dtype on this device; empty if it is.
-
-        Kernels are made for some of them, and say so when they are called with another.
-        """
+        """Why a public callable is not asked in this dtype on this device; empty if it is."""
+        # Kernels are made for some of them, and say so when they are called with another.
         if self.spec.convention is None:
             return ""
         try:
@@ -192,15 +168,8 @@ class Examination:
         return self._drawn(self.space, chosen)
 
     def case(self, **levels: Any) -> Call:
-        """Draw a call with some levels, ordinary for the rest.
-
-        Args:
-            levels: Levels of features by name, see `pytest_attnheat.attention.levels`: sizes
-                (query_len, key_len), mask "boolean" or "additive", causal, group ...
-
-        Raises:
-            Skipped: The specification does not claim to take such a call.
-        """
+        """Draw a call with some levels, ordinary for the rest."""
+        # Skipped: the specification does not claim to take such a call.
         return self.drawn(self.choice(**levels))
 
     def choice(self, **levels: Any) -> Choice:
@@ -238,16 +207,8 @@ class Examination:
         return f"what is declared leaves out calls with {said_of(levels)}"
 
     def judge(self, chosen: Choice, *, explain: bool = True) -> None:
-        """Judge the output and the gradients of a choice.
-
-        Args:
-            chosen: A level for each feature.
-            explain: Whether a failure looks for what was computed instead, which takes time.
-
-        Raises:
-            Failure: Some number is off by more than rounding.
-            Exception: Whatever the subject raises.
-        """
+        """Judge the output and the gradients of a choice."""
+        # To look for what was computed instead (`explain`) takes time.
         try:
             self._judge(chosen, explain)
         except Exception as error:
@@ -270,19 +231,9 @@ class Examination:
         if wanted == "all":
             names += ["attn_mask"] if call.bias is not None else []
             names += ["sinks"] if chosen.get("sinks") else []
-        judge_call(
-            "",
-            self._run(self.spec, wanted == NONE),
-            call,
-            Criteria(
-                reference=self._reference(),
-                seed=self.seed,
-                tolerance=self.spec.tolerance_in(self.dtype),
-            ),
-            names=names,
-            code=self.spec.subject,
-            explain=explain,
-        )
+        run, allowed = self._run(self.spec, wanted == NONE), self.spec.tolerance_in(self.dtype)
+        criteria = Criteria(reference=self._reference(), seed=self.seed, tolerance=allowed)
+        judge_call("", run, call, criteria, names=names, code=self.spec.subject, explain=explain)
 
     def text(self, chosen: Choice) -> str:
         """Return a choice as a text that `Replay` takes, whatever else is examined."""
@@ -346,10 +297,8 @@ class Examination:
         try:
             called = getattr(model.module, "forward", model.module)
             inspect.signature(called).bind(inputs, **model.arguments)
-        except TypeError:
-            return False
-        except ValueError:  # a callable made in C
-            pass
+        except (TypeError, ValueError) as error:
+            return isinstance(error, ValueError)  # a callable made in C
         return True
 
     def answer(self) -> Tensor:
@@ -375,10 +324,8 @@ class Examination:
             raise Failure("", advice)
 
     def function(self, call: Call) -> Callable[..., Tensor]:
-        """Return the subject as `function(query, key, value)` that is asked all else of a call.
-
-        Further keywords are accepted and left aside: they tell an assertion what may be seen.
-        """
+        """Return the subject as `function(query, key, value)` that is asked all else of a call."""
+        # Further keywords are accepted and left aside: they tell an assertion what may be seen.
 
         def subject(query: Tensor, key: Tensor, value: Tensor, **aside: Any) -> Tensor:
             return self.spec.ask(replace(call, query=query, key=key, value=value)).output
@@ -414,6 +361,7 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         from_the_end=spec.alignment == "bottom_right",
         near=any(rule is not None for rule in far),
         numbers=_numbers(spec),
+        before_all=spec.says("fully_masked") and spec.fully_masked != "undefined",
         # Who takes no mask may not know of such queries: then it has to be typed.
         empty=spec.fully_masked != "undefined"
         and (spec.mask is not None or spec.says("fully_masked")),

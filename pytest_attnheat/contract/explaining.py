@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.plan import Case, Plan, carry_out
-from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, number_list, residual_text
-from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly, wrong_rows
-from pytest_attnheat.contract.observing import observed
-from pytest_attnheat.contract.probing import Probe, WeightsOf
-from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.inputs import dtype_name
+from ..attention.defects import Defect
+from ..attention.plan import Case, Plan, carry_out
+from ..inputs import dtype_name
+from .diagnosis import EXPLAINS, Diagnosis, number_list, residual_text
+from .matching import Explanation, errors, measure, nearly, wrong_rows
+from .observing import observed
+from .probing import Probe, WeightsOf
+from .searching import Search
 
 _MOST_TIES = 4
 _LISTED = 4
@@ -25,24 +25,15 @@ _LONG = 100
 
 
 def explained(
-    name: str,
-    probes: Sequence[Probe],
-    refused: dict[str, str],
-    weights: WeightsOf = lambda one: None,
+    name: str,  # What answered
+    probes: Sequence[Probe],  # What it was asked, and answered
+    refused: dict[str, str],  # Why other cases were not answered, by name
+    weights: WeightsOf = lambda one: None,  # What it used as weights
     *,
-    search: bool = True,
-    keep: bool = False,
+    search: bool = True,  # Whether to look for what it is instead, if it is wrong
+    keep: bool = False,  # Keep what defects give, for the next subject that is asked them
 ) -> Diagnosis:
-    """Say what reproduces the answers: correct attention, a defect, two, or nothing.
-
-    Args:
-        name: What answered.
-        probes: What it was asked, and answered.
-        refused: Why other cases were not answered, by name.
-        weights: What it used as weights.
-        search: Whether to look for what it is instead, if it is wrong.
-        keep: Keep what defects give on these cases, for the next subject that is asked them.
-    """
+    """Say what reproduces the answers: correct attention, a defect, two, or nothing."""
     dtype = dtype_name(probes[0].dtype)
     correct = Explanation(fit=measure(probes))
     base = Diagnosis(name, dtype, correct.reproduces, residual=correct.fit.residual)
@@ -79,16 +70,13 @@ def explained(
     excluded = [one for one in others if not any(names <= set(one.names) for names in named)]
     best_other = min([*excluded, correct], key=lambda one: one.fit.residual)
     return replace(
-        diagnosis,
-        defects=best.names,
+        diagnosis, defects=best.names,
         alternatives=tuple(names for names in alternatives if set(names) != set(best.names)),
-        residual=best.fit.residual,
-        next_best=best_other.fit.residual,
-        next_best_defects=best_other.names or ("correct attention",),
-        constant=best.constant,
+        residual=best.fit.residual, next_best=best_other.fit.residual,
+        next_best_defects=best_other.names or ("correct attention",), constant=best.constant,
         excluded=_excluded(explanations, [best.names, *alternatives]),
         sentence=_sentence(name, best, rest, best_other),
-    )
+    )  # fmt: skip
 
 
 def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explanation]]:
@@ -102,12 +90,9 @@ def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explan
         return fitted
 
     attempts: tuple[Callable[[], list[Explanation]], ...] = (
-        lambda: search.by_constant([Explanation()]),
-        search.in_some_cases,
-        search.in_pairs,
-        with_constant,
-        lambda: search.step_by_step(fitted),
-    )
+        lambda: search.by_constant([Explanation()]), search.in_some_cases, search.in_pairs,
+        with_constant, lambda: search.step_by_step(fitted),
+    )  # fmt: skip
     for attempt in attempts:
         if any(one.reproduces for one in found):
             break
@@ -169,15 +154,13 @@ def _unexplained(
     if nearest.fit.residual <= EXPLAINS * correct.fit.residual and not diagnosis.shows:
         sentence += f"; most of the error is that of {_described(nearest)} (residual "
         sentence += f"{residual_text(nearest.fit.residual)})"
-    if coarse := _as_if_coarse(diagnosis):
+    # Rounding spares no head.
+    if not {"heads", "batch"} & set(diagnosis.where) and (coarse := _as_if_coarse(diagnosis)):
         sentence += f"; {coarse}"
     return replace(
-        diagnosis,
-        next_best=nearest.fit.residual,
-        next_best_defects=nearest.names,
-        excluded=_excluded(explanations, []),
-        sentence=sentence,
-    )
+        diagnosis, next_best=nearest.fit.residual, next_best_defects=nearest.names,
+        excluded=_excluded(explanations, []), sentence=sentence,
+    )  # fmt: skip
 
 
 def _as_if_coarse(diagnosis: Diagnosis) -> str:
@@ -205,6 +188,8 @@ def _sentence(name: str, best: Explanation, rest: Sequence[Explanation], other: 
 
 
 def _described(one: Explanation) -> str:
+    if one.names == ("scale_missing", "temperature"):
+        return f"attention whose scores are multiplied by {one.constant:.6g}, whatever head_dim is"
     parts = [filled(defect, one.constant) for defect in one.defects]
     return f"attention {', and '.join(parts)}"
 

@@ -17,18 +17,18 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from pytest_attnheat.attention.chunks import Progress
-from pytest_attnheat.callables import borrowed, seed_everything
-from pytest_attnheat.contract.effects import never_exercised
-from pytest_attnheat.contract.needs import all_undeclared
-from pytest_attnheat.contract.planting import Planted
-from pytest_attnheat.contract.planting_inside import NOTHING_INSIDE, SDPA, Inside, PlantedInside
-from pytest_attnheat.contract.reading_calls import unreadable
-from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.remedy import Remedy, remedy_for
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version, simple_name, versions
-from pytest_attnheat.inputs import check_number, misuse, seed_number
+from ..attention.chunks import Progress
+from ..callables import borrowed, seed_everything
+from ..inputs import check_number, misuse, seed_number
+from .effects import never_exercised
+from .needs import all_undeclared
+from .planting import Planted
+from .planting_inside import NOTHING_INSIDE, SDPA, Inside, PlantedInside
+from .reading_calls import unreadable
+from .ready import as_spec
+from .remedy import Remedy, remedy_for
+from .spec import AttentionSpec
+from .versions import Version, simple_name, versions
 
 Status: TypeAlias = Literal["killed", "survived", "inactive"]
 Judge: TypeAlias = Callable[[Any], Any]
@@ -51,33 +51,19 @@ class JudgeError(AssertionError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a wrong version.
+    """What became of a wrong version."""
 
-    Attributes:
-        name: The name of the defect.
-        sentence: What it does; it follows the word "attention".
-        status: "killed", "survived", or "inactive": it changed no call beyond rounding.
-        kind: "forward", "backward", or "trivial".
-        said: What the judge said.
-        off: By how much it was off at most, as a part of the largest number of a head.
-        off_by: Likewise, in numbers.
-        rounding: What rounding may do there at most, likewise.
-        dtype: The dtype of the call on which it was off most.
-        calls: How many calls the judge made.
-        active: How many of them it changed.
-    """
-
-    name: str
-    sentence: str
-    status: Status
-    kind: str = "forward"
-    said: str = ""
-    off: float = 0.0
-    off_by: float = 0.0
-    rounding: float = 0.0
-    dtype: str = ""
-    calls: int = 0
-    active: int = 0
+    name: str  # The name of the defect
+    sentence: str  # What it does; it follows the word "attention"
+    status: Status  # "killed", "survived", or "inactive": it changed no call beyond rounding
+    kind: str = "forward"  # "forward", "backward", or "trivial"
+    said: str = ""  # What the judge said
+    off: float = 0.0  # By how much it was off at most, as a part of the largest number of a head
+    off_by: float = 0.0  # Likewise, in numbers
+    rounding: float = 0.0  # What rounding may do there at most, likewise
+    dtype: str = ""  # The dtype of the call on which it was off most
+    calls: int = 0  # How many calls the judge made
+    active: int = 0  # How many of them it changed
 
 
 @dataclass(frozen=True)
@@ -197,34 +183,19 @@ class Study:
     nothing can be graded. Then run it with `plant(version)` for each of `versions`, and tell
     `verdict` what became of it. `grade` gathers the verdicts, which can come from several
     processes.
-
-    Attributes:
-        spec: The target.
-        seed: Where random numbers start.
-        versions: The wrong versions.
-        watched: The target itself, whose calls are read.
     """
 
     def __init__(
         self,
-        right: AttentionSpec | Callable[..., Any],
+        right: AttentionSpec | Callable[..., Any],  # The target, or its specification
         *,
-        defects: Collection[str] | None = None,
-        seed: int = 0,
+        defects: Collection[str] | None = None,  # The names of the defects to plant; all by default
+        seed: int = 0,  # Where random numbers start
+        # Whether it is a block, whose defects are those of the attention inside of it; by default,
+        # if it is a module with parameters and is not specified otherwise
         inside: bool | None = None,
     ) -> None:
-        """Make the wrong versions of a target.
-
-        Args:
-            right: The target, or its specification.
-            defects: The names of the defects to plant; all by default.
-            seed: Where random numbers start.
-            inside: Whether it is a block, whose defects are those of the attention inside of it;
-                by default, if it is a module with parameters and is not specified otherwise.
-
-        Raises:
-            ValueError: A name is unknown.
-        """
+        """Make the wrong versions of a target."""
         is_declared = isinstance(right, AttentionSpec) and right.is_block
         block: Any = right.subject if is_declared else right  # type: ignore[union-attr]
         self.inside = _is_block(block) if inside is None else inside
@@ -263,12 +234,7 @@ class Study:
         return (why,) if why else self.watched.effect.unfit
 
     def verdict(self, planted: AnyPlanted, rejected: str | None) -> Verdict:
-        """Return what became of a wrong version.
-
-        Args:
-            planted: The version, after it was judged.
-            rejected: What the judge said against it, None if it accepted it.
-        """
+        """Return what became of a version that the judge rejected, or (None) accepted."""
         version, effect = planted.version, planted.effect
         if version is None:
             raise ValueError(misuse("planted", "the right one", "a wrong version"))
@@ -285,9 +251,8 @@ class Study:
         order = {one.name: number for number, one in enumerate(self.versions)}
         ranked = sorted(verdicts, key=lambda one: order[one.name])
 
-        def having(status: str, *, trivial: bool = False) -> tuple[Verdict, ...]:
-            return tuple(v for v in ranked if v.status == status
-                         and (v.kind == "trivial") is trivial)  # fmt: skip
+        def having(status: str) -> tuple[Verdict, ...]:
+            return tuple(v for v in ranked if v.status == status and v.kind != "trivial")
 
         trivial = tuple(v for v in ranked if v.kind == "trivial")
         left = [v for v in ranked if v.status == "survived"]

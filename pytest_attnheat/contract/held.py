@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.carried import Carried
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.call import Call
+from ..attention.plan import Case
+from ..attention.vocabulary import permits
+from ..capture.carried import Carried
+from ..capture.record import AttentionRecord
+from .spec import AttentionSpec
 
 # How far a number may be off by rounding: some models compute their scale in half precision.
 _ALIKE = 1e-3
@@ -30,31 +30,18 @@ _NORMALISED = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What an attention should be.
+    """What an attention should be."""
 
-    Attributes:
-        case: What it is held to, by all that is declared.
-        used: The same without what contradicts what the record says that it did.
-        lacks: What the module carries and the attention did without, in words, by the names of
-            the defects; each follows "attention".
-        hint: What could not be decided.
-    """
-
-    case: Case
-    used: Case
+    case: Case  # What it is held to, by all that is declared
+    used: Case  # The same without what contradicts what the record says that it did
+    # What the module carries and the attention did without, in words, by the names of the defects;
+    # each follows "attention"
     lacks: dict[str, str]
-    hint: str = ""
+    hint: str = ""  # What could not be decided
 
 
 def held_to(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: bool) -> Held:
-    """Return what a record is held to.
-
-    Args:
-        record: Has query, key, value and output.
-        spec: Declares what it should be.
-        name: What the record is called.
-        own: Whether it attends to its own sequence, where its block is causal.
-    """
+    """Return what a record is held to; `own`: whether it attends to its own sequence."""
     used = _case(record, spec, name, own=own)
     scale, hint = _scale_of(record, spec)
     case, lacks = replace(used, scale=scale), dict[str, str]()
@@ -134,14 +121,9 @@ def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dic
 
 
 def _beyond(case: Case, *, exact: bool) -> Tensor | None:
-    """What the mask hides besides what is declared; None if that is nothing.
-
-    A mask that was to make attention causal, and is wrong, would else be taken as told.
-
-    Args:
-        case: With the whole mask.
-        exact: Whether what is declared says all that is seen, but for padding.
-    """
+    """What the mask hides besides what is declared; None if that is nothing."""
+    # A mask that was to make attention causal, and is wrong, would else be taken as told. `exact`:
+    # what is declared says all that is seen, but for padding.
     mask = case.mask
     if mask is None or bool(mask.all()):
         return None
@@ -226,10 +208,8 @@ def _steps(record: AttentionRecord) -> tuple[float, ...]:
 
 
 def _normalised(record: AttentionRecord) -> bool:
-    """Whether queries and keys went through a normalisation, which takes the place of a scale.
-
-    Then all rows lie on one sphere, or on one ellipsoid after a gain of each channel.
-    """
+    """Whether queries and keys went through a normalisation, which takes the place of a scale."""
+    # Then all rows lie on one sphere, or on one ellipsoid after a gain of each channel.
     for tensor in (record.query, record.key):
         assert tensor is not None
         rows = _wide(tensor).flatten(0, -2).square()
@@ -272,11 +252,9 @@ def _with_carried(
 
 
 def _limited(record: AttentionRecord, one: Carried) -> Tensor | None:
-    """The mask with a limit that it goes without altogether; None if it has any, or needs none.
-
-    A query stands at the last key that it may see. Where all see the same first key, and all keys
-    from there, and one sees more keys than the limit allows, there is none.
-    """
+    """The mask with a limit that it goes without altogether; None if it has any, or needs none."""
+    # A query stands at the last key that it may see. Where all see the same first key, and all keys
+    # from there, and one sees more keys than the limit allows, there is none.
     if record.mask is None or record.shape[2] < 2:
         return None
     seen = record.mask.cpu().expand(record.shape_here)

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from pytest_attnheat.attention.devices import fault_of
-from pytest_attnheat.attention.levels import Choice, Declared, Space, read, shrunk
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.contract import processes
-from pytest_attnheat.contract.combinations import REPLAY, Replay
-from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Check, Examination
-from pytest_attnheat.contract.running import KNOWN, Result, checks_of, diagnosis_of, run_check
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import check_number, dtype_name, misuse
+from ..attention.devices import fault_of
+from ..attention.levels import Choice, Declared, Space, read, shrunk
+from ..callables import is_compiled
+from ..failure import Failure
+from ..inputs import check_number, dtype_name, misuse
+from . import processes
+from .combinations import REPLAY, Replay
+from .diagnosis import Diagnosis
+from .examination import Check, Examination
+from .running import KNOWN, Result, checks_of, diagnosis_of, run_check
+from .spec import AttentionSpec
 
 # How long one call may take, in seconds, and a new Python to start.
 TIME_LIMIT, _START_LIMIT = 120.0, 300.0
@@ -41,17 +41,11 @@ class _DiedError(Exception):
 
 @dataclass
 class Isolated:
-    """Runs the checks of one subject in a process of its own; to be closed in the end.
+    """Runs the checks of one subject in a process of its own; to be closed in the end."""
 
-    Attributes:
-        spec: What is examined.
-        checks: The checks that may be run besides those of the package.
-        time_limit: How long one call may take, in seconds.
-    """
-
-    spec: AttentionSpec
-    checks: Sequence[Check] = ()
-    time_limit: float = TIME_LIMIT
+    spec: AttentionSpec  # What is examined
+    checks: Sequence[Check] = ()  # The checks that may be run besides those of the package
+    time_limit: float = TIME_LIMIT  # How long one call may take, in seconds
     _process: Any = None
     _pipe: Any = None
     _call: str = ""
@@ -189,14 +183,8 @@ def _parts(examination: Examination) -> tuple[Any, ...]:
 def isolated(
     spec: AttentionSpec, checks: Sequence[Check], wanted: bool | None, time_limit: float
 ) -> tuple[Isolated | None, str]:
-    """Return what runs the checks of a subject in a process of its own, or why nothing does.
-
-    Args:
-        spec: What is examined.
-        checks: The checks that are asked.
-        wanted: Whether it is to; None for what is compiled, if that can be sent.
-        time_limit: How long one call may take, in seconds.
-    """
+    """Return what runs the checks of a subject in a process of its own, or why nothing does."""
+    # Without a wish, what is compiled gets one, if it can be sent.
     if not check_number(time_limit, "time_limit") > 0:
         raise ValueError(misuse("time_limit", repr(time_limit), "seconds above 0"))
     if spec.is_captured or not (is_compiled(spec.subject) if wanted is None else wanted):
@@ -215,12 +203,7 @@ def isolated(
 
 
 def serve(pipe: Any, given: Any) -> None:
-    """Answer commands until the pipe is closed.
-
-    Args:
-        pipe: Where commands come from, and answers go to.
-        given: The specification, the checks of its own, and the calls that are known to crash.
-    """
+    """Answer commands until the pipe is closed."""
     spec, checks, deadly = given
     known = {check.name: check for check in (*checks_of(spec), *checks)}
     served = _Served(pipe, spec, known, deadly)

@@ -1,6 +1,6 @@
 """How well a plan reproduces what a subject answered.
 
-What counts as rounding is said in `pytest_attnheat.attention.mistakes`.
+What counts as rounding is said in `pytest_attnheat.attention.outcomes`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.mistakes import Expected, expected
-from pytest_attnheat.attention.outcomes import Decisions, Outcomes, kept_outcomes, stacked
-from pytest_attnheat.attention.plan import Plan
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.probing import Probe
+from ..attention.defects import Defect
+from ..attention.outcomes import Decisions, Expected, Outcomes, expected, kept_outcomes, stacked
+from ..attention.plan import Plan
+from ..attention.tolerance import is_fine
+from .probing import Probe
 
 _MOST_ALLOWED = 0.5
 # Where a step is rounded to a coarse dtype, another order of the same operations may round
@@ -33,15 +32,10 @@ _AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Fit:
-    """How far a plan is from the answers.
+    """How far a plan is from the answers."""
 
-    Attributes:
-        residual: The worst relative rms over the cases.
-        excess: The worst row, as a multiple of what rounding may do. At most 1: it reproduces.
-    """
-
-    residual: float
-    excess: float
+    residual: float  # The worst relative rms over the cases
+    excess: float  # The worst row, as a multiple of what rounding may do. At most 1: it reproduces.
 
 
 PERFECT, NOWHERE = Fit(0.0, 0.0), Fit(math.inf, math.inf)
@@ -55,21 +49,13 @@ def worst(fits: Iterable[Fit]) -> Fit:
 
 @dataclass(eq=False, slots=True)
 class Explanation:
-    """A plan that might be what the subject computes.
+    """A plan that might be what the subject computes."""
 
-    Attributes:
-        defects: What makes it differ from the correct plan; none for the correct plan.
-        decided: What the plan decides otherwise than the correct one.
-        fit: How far it is from the answers.
-        constant: The constant that was fitted, if any.
-        partly: Whether it is compared with the wrong answers alone: it would change right ones.
-    """
-
-    defects: tuple[Defect, ...] = ()
-    decided: Decisions = field(default_factory=dict)
-    fit: Fit = NOWHERE
-    constant: float | None = None
-    partly: bool = False
+    defects: tuple[Defect, ...] = ()  # What makes it differ from the correct plan, if it does
+    decided: Decisions = field(default_factory=dict)  # What the plan decides otherwise
+    fit: Fit = NOWHERE  # How far it is from the answers
+    constant: float | None = None  # The constant that was fitted, if any
+    partly: bool = False  # Whether it is compared with the wrong answers alone
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,10 +74,7 @@ class Explanation:
 
 
 def errors(probe: Probe, outcome: Expected | None = None) -> tuple[Tensor, Tensor]:
-    """Return the error of each row of an answer, and what rounding may do: see `Expected.errors`.
-
-    It is compared with correct attention, or else with what is given.
-    """
+    """Return the error of each row of an answer, and what rounding may do."""
     wanted = outcome or expected(Plan(), probe.case)
     assert wanted is not None
     return wanted.errors(probe.output, probe.dtype, least=probe.tolerance, most=_MOST_ALLOWED)
@@ -113,10 +96,8 @@ def _fit(error: Tensor, ratio_of: Tensor) -> Fit:
 
 
 def nearly(probes: Sequence[Probe]) -> float:
-    """Return up to which excess an explanation is not excluded.
-
-    What float16 and bfloat16 allow is large beside any defect: there it is 2, not 10.
-    """
+    """Return up to which excess an explanation is not excluded."""
+    # What float16 and bfloat16 allow is large beside any defect: there it is 2, not 10.
     return _NEARLY if is_fine(probes[0].dtype) else _NEARLY_IN_HALF
 
 

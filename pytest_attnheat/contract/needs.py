@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
-from pytest_attnheat.contract.asking import KEYWORDS, keyword_of, model_of
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
+from .asking import KEYWORDS, keyword_of, model_of
+from .spec import AttentionSpec
 
 Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
 # A cache, or the flag that asks for one.
@@ -140,11 +140,9 @@ def _undeclared_mask(spec: AttentionSpec) -> str:
 
 
 def undeclared_tensors(spec: AttentionSpec) -> str:
-    """Say which optional tensors an unknown block takes that no check gives it.
-
-    What sounds like a mask, causality or a cache is told of elsewhere. Nothing says what the
-    others are for.
-    """
+    """Say which optional tensors an unknown block takes that no check gives it."""
+    # What sounds like a mask, causality or a cache is told of elsewhere. Nothing says what the
+    # others are for.
     model = model_of(spec) if spec.is_block else None
     if model is None or (spec.mask is None and "mask" in spec.typed):
         return ""

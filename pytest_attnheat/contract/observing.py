@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.outcomes import finite
-from pytest_attnheat.attention.plan import Case, Plan, carry_out
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.diagnosis import number_list
-from pytest_attnheat.contract.matching import wrong_rows
-from pytest_attnheat.contract.probing import Probe, WeightsOf
+from ..attention.outcomes import finite
+from ..attention.plan import Case, Plan, carry_out
+from ..attention.tolerance import is_fine
+from .diagnosis import number_list
+from .matching import wrong_rows
+from .probing import Probe, WeightsOf
 
 # A law may leave this part of what it explains. Rounding leaves less of weights above the
 # smallest, in float32; a law of another kind leaves a twentieth and more.
@@ -30,33 +31,24 @@ _CASES = 2
 # Of fewer rows a law with a constant is no law.
 _FEWEST = 3
 _MOST_WEIGHTS = 20_000
+# Heads that are named one by one.
+_LISTED = 4
 # Caps that are looked for, as powers of e: below, weights are all equal; above, nothing is capped.
 _CAPS = [step / 16 for step in range(-32, 81)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """The weights of one case as they were found, and what goes into them.
+    """The weights of one case as they were found, and what goes into them."""
 
-    Attributes:
-        case: The case.
-        weights: As the subject uses them, (batch, heads, query_len, key_len).
-        right: Those of correct attention.
-        scores: Of correct attention.
-        permitted: Where queries may attend.
-        used: Which weights are large enough to tell their score.
-        output: Of the subject.
-        wanted: The output of correct attention.
-    """
-
-    case: Case
-    weights: Tensor
-    right: Tensor
-    scores: Tensor
-    permitted: Tensor
-    used: Tensor
-    output: Tensor
-    wanted: Tensor
+    case: Case  # The case
+    weights: Tensor  # As the subject uses them, (batch, heads, query_len, key_len)
+    right: Tensor  # Those of correct attention
+    scores: Tensor  # Of correct attention
+    permitted: Tensor  # Where queries may attend
+    used: Tensor  # Which weights are large enough to tell their score
+    output: Tensor  # Of the subject
+    wanted: Tensor  # The output of correct attention
 
     def centred(self, numbers: Tensor) -> Tensor:
         """Return numbers less the mean of their row, which a softmax does not feel; 0 unused."""
@@ -84,7 +76,7 @@ def observed(weights: WeightsOf, probes: Sequence[Probe]) -> tuple[str, ...]:
         every = ([law(one) for one in told] for law in laws)
         return tuple(each[0] for each in every if each and all(each))
 
-    if of_output := said((_combined, _moved)):
+    if of_output := said((_zero, _combined, _moved, _served, _of_each_map)):
         return of_output
     if seen and all(others := [_other_mask(one) for one in seen]):
         return ("its weights are right but for the mask", *others)
@@ -111,6 +103,59 @@ def _seen(one: Probe, weights: Tensor | None) -> _Seen | None:
     )
 
 
+def _zero(one: _Seen) -> str:
+    """Whether all that is wrong is 0, as if it had not been written."""
+    size = one.wanted.abs().amax(-1)
+    off = (one.output - one.wanted).abs().amax(-1) > _LEFT * size.max()
+    if not bool((one.output[off] == 0).all()) or bool(off.all()) or not bool(off.any()):
+        return ""
+    for dim, noun in ((1, "head"), (0, "batch entry"), (2, "query")):
+        rows = off.movedim(dim, 0).flatten(1)
+        if bool((rows.all(1) == rows.any(1)).all()):
+            which = number_list(noun, rows.all(1).nonzero().flatten().tolist())
+            return f"its output is 0 in {which} of {off.shape[dim]}, and right elsewhere"
+    return "its output is right, or 0 in whole rows"
+
+
+def _served(one: _Seen) -> str:
+    """Whether heads are right but for the key head that they read keys or values of."""
+    case, found = one.case, dict[int, tuple[int, int]]()
+    if case.key.shape[1] == 1:
+        return ""
+    for pair in product(range(case.key.shape[1]), repeat=2):
+        key, value = (t[:, [n]] for t, n in zip((case.key, case.value), pair, strict=True))
+        off = (carry_out(Plan(), replace(case, key=key, value=value)).output - one.output).abs()
+        fits = off.amax((0, 2, 3)) <= _LEFT**2
+        found |= dict.fromkeys(fits.nonzero().flatten().tolist(), pair)
+    own = {head: (head // case.group,) * 2 for head in range(case.heads)}
+    others = [head for head in own if head in found and found[head] != own[head]]
+    if len(found) < case.heads or not others:
+        return ""
+    said = [
+        f"head {head} reads key head {found[head][0]}"
+        + f" and the values of {found[head][1]}" * (len(set(found[head])) > 1)
+        + f", not {own[head][0]}"
+        for head in others
+    ]
+    return f"its heads are right but for what they read: {'; '.join(said[:_LISTED])}"
+
+
+def _of_each_map(one: _Seen) -> str:
+    """Whether the output, or the scores, of each map is the right one times a number."""
+    scores = one.centred(one.scores)
+    for what, given, right in (
+        ("outputs are", one.output, one.wanted), ("scores are", one.effective, scores)
+    ):  # fmt: skip
+        size = right.square().sum((2, 3), keepdim=True).clamp(min=1e-30)
+        factors = (given * right).sum((2, 3), keepdim=True) / size
+        other = float((factors - 1).abs().max()) > _LEFT
+        if other and _holds(given, factors * right) and not _zero(one):
+            texts = [", ".join(f"{number:.3g}" for number in row) for row in factors.flatten(1)]
+            times = f"{'; '.join(texts)} (by head; batch entry by batch entry)"
+            return f"its {what} {times} times as large as they should be"
+    return ""
+
+
 def _is_sum(one: _Seen) -> bool:
     """Whether the output is what the weights that were found make of the values."""
     value = finite(one.case.value).repeat_interleave(one.case.group, 1)
@@ -129,10 +174,10 @@ def _is_no_sum(one: _Seen) -> str:
     )
 
 
-def _holds(found: Tensor, law: Tensor) -> bool:
+def _holds(found: Tensor, law: Tensor, least: float = _LEFT) -> bool:
     """Whether a law gives numbers that are not all nearly 0."""
     size = float(found.square().mean().sqrt())
-    return size > _LEFT and float((found - law).square().mean().sqrt()) <= _LEFT * size
+    return size > least and float((found - law).square().mean().sqrt()) <= _LEFT * size
 
 
 def _sink(one: _Seen) -> str:
@@ -243,8 +288,13 @@ def _distance(one: _Seen) -> str:
     for corner, stands in (("top left", at), ("bottom right", at + key_len - query_len)):
         far = one.centred((stands - to).abs().double().expand(one.case.shape))
         slopes = (added * far).sum((0, 2, 3)) / far.square().sum((0, 2, 3)).clamp(min=1e-30)
-        if _holds(added, slopes[:, None, None] * far):
+        if _holds(added, slopes[:, None, None] * far, _LEFT / 10):
             where = f", counted from the {corner}" * (query_len != key_len)
+            declared, counted = one.case.alibi, one.case.alignment.replace("_", " ")
+            if declared is not None and (corner == counted or query_len == key_len):
+                own, meant = ([f"{slope + 0.0:.3g}" for slope in some.tolist()]
+                              for some in (declared.double() - slopes, declared))  # fmt: skip
+                return f"its ALiBi slopes are {', '.join(own)}, not {', '.join(meant)} (by head)"
             lost = _each("its scores lose", -slopes)
             return f"{lost} with each position between query and key{where}: a bias by distance"
     return ""

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pytest_attnheat.callables import parameters_of, random_kept
-from pytest_attnheat.capture.sources.sdpa import multi_head_unasking
-from pytest_attnheat.contract.conventions import fitting
-from pytest_attnheat.contract.effects import Effect
-from pytest_attnheat.contract.planting import Planted
-from pytest_attnheat.contract.ready import READY_MADE, as_spec
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version
+from ..callables import parameters_of, random_kept
+from ..capture.sources.sdpa import multi_head_unasking
+from .conventions import fitting
+from .effects import Effect
+from .planting import Planted
+from .ready import READY_MADE, as_spec
+from .spec import AttentionSpec
+from .versions import Version
 
 SDPA = functional.scaled_dot_product_attention
 NOTHING_INSIDE = (
@@ -51,17 +51,13 @@ assert report.passed, str(report)"""
 
 @dataclass
 class Inside:
-    """What is known of the functions that a block calls; shared by all its versions.
+    """What is known of the functions that a block calls; shared by all its versions."""
 
-    Attributes:
-        specs: How functions are called that may be attention; None of those that are not.
-        known: What is known of calls, see `planting.Planted`.
-    """
-
+    # How functions are called that may be attention; None of those that are not
     specs: dict[Callable[..., Any], AttentionSpec | None] = field(
         default_factory=lambda: {SDPA: AttentionSpec(SDPA)}
     )
-    known: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    known: OrderedDict[Any, Any] = field(default_factory=OrderedDict)  # See `planting.Planted`
 
     def spec_of(self, function: Callable[..., Any]) -> AttentionSpec | None:
         """How a function is called, None if it is no attention."""
@@ -83,29 +79,17 @@ def _spec_of(function: Callable[..., Any]) -> AttentionSpec | None:
 class PlantedInside:
     """A block with a defect, called as the block is.
 
-    Attributes:
-        spec: What of attention a block may take.
-        module: The block, None of a method.
-        version: What is planted; None for nothing, so that calls are only watched.
-        effect: What was asked of the attention inside, and what was changed.
-        called: What the block was first called with, in words of `AttentionSpec`.
+    `called` is what it was first called with, in words of `AttentionSpec`.
     """
 
     def __init__(
         self,
-        spec: AttentionSpec,
-        block: Callable[..., Any],
-        version: Version | None,
-        inside: Inside,
+        spec: AttentionSpec,  # What of attention a block may take
+        block: Callable[..., Any],  # It, or a function that runs one, that is `of_object()`
+        version: Version | None,  # What is planted, None for nothing
+        inside: Inside,  # What is known of the functions that it calls
     ) -> None:
-        """Plant a version.
-
-        Args:
-            spec: What of attention a block may take.
-            block: The block, or a function that runs one; that one then is `of_object()`.
-            version: What is planted, None for nothing.
-            inside: What is known of the functions that it calls.
-        """
+        """Plant a version."""
         self.spec, self.version, self.effect, self._inside = spec, version, Effect(), inside
         self.called = ""
         self.module = block if isinstance(block, nn.Module) else None
@@ -177,10 +161,8 @@ class PlantedInside:
         return self._planted[function]
 
     def multi_head(self, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """Run PyTorch's multi-head attention; its weights, if they are wanted, go with the output.
-
-        With weights it calls no other function for its attention, without them it does.
-        """
+        """Run PyTorch's multi-head attention; its weights, if wanted, go with the output."""
+        # With weights it calls no other function for its attention, without them it does.
         run = multi_head_unasking()
         wanted = dict(zip(_MULTI_HEAD, given, strict=False)) | {**named}
         if not wanted.get("need_weights", True) or self._is_inside:
@@ -189,7 +171,9 @@ class PlantedInside:
         active, planted = self.effect.active, self._of(SDPA)
         planted.keep_weights()
         with random_kept([wanted["query"].device]), self._mode:
-            output, _ = run(**{**wanted, "need_weights": False, **_unhinted(wanted)})
+            # With weights, being causal is but a hint of what the mask says.
+            hint = {} if wanted.get("attn_mask") is None else {"is_causal": False}
+            output, _ = run(**{**wanted, "need_weights": False, **hint})
         answer = run(**wanted)
         if self.version is not None and self.version.kind == "backward":
             return output, answer[1]
@@ -252,11 +236,6 @@ def _described(target: Callable[..., Any], given: Sequence[Any], named: Mapping[
 
 
 _MULTI_HEAD = tuple(parameters_of(functional.multi_head_attention_forward) or ())
-
-
-def _unhinted(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """With weights, being causal is but a hint of what the mask says."""
-    return {} if wanted.get("attn_mask") is None else {"is_causal": False}
 
 
 class _Mode(TorchFunctionMode):

@@ -19,15 +19,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.drawing import WINDOWS
-from pytest_attnheat.attention.levels import NONE, SIZES, Choice, Declared, Levels, Space, text_of
-from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.storage import Fault
-from pytest_attnheat.contract.asking import Answer
-from pytest_attnheat.contract.asking import ask as asked
-from pytest_attnheat.contract.examination import Examination, Skipped
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.drawing import WINDOWS
+from ..attention.levels import NONE, SIZES, Choice, Declared, Levels, Space, text_of
+from ..attention.plan import Case
+from ..attention.scoring import draw
+from ..attention.storage import Fault
+from .asking import Answer
+from .asking import ask as asked
+from .examination import Examination, Skipped
+from .spec import AttentionSpec
 
 # The longest case of a window or a chunk.
 _WIDEST = 300
@@ -42,40 +42,24 @@ Change: TypeAlias = Callable[[Case, int], Case]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """How a case is made.
+    """How a case is made."""
 
-    Attributes:
-        name: Its name.
-        levels: What is chosen for it; the rest is ordinary.
-        change: What is made of it when it is drawn.
-        judged: Whether a wrong answer is a defect, or only worth a note.
-    """
-
-    name: str
-    levels: dict[str, Any] = field(default_factory=dict)
-    change: Change = lambda case, seed: case
-    judged: bool = True
+    name: str  # Its name
+    levels: dict[str, Any] = field(default_factory=dict)  # What is chosen; the rest is ordinary
+    change: Change = lambda case, seed: case  # What is made of it when it is drawn
+    judged: bool = True  # Whether a wrong answer is a defect, or only worth a note
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A case and what the subject answered.
+    """A case and what the subject answered."""
 
-    Attributes:
-        case: The inputs, in float64, rounded to `dtype` before.
-        output: The answer (batch, heads, query_len, value_dim), in float64 on the CPU.
-        dtype: The dtype in which the subject was asked.
-        tolerance: The least part by which an output may be off.
-        judged: Whether a wrong answer is a defect, or only worth a note.
-        fault: What the subject did to a cache; None if nothing that it was not to do.
-    """
-
-    case: Case
-    output: Tensor
-    dtype: torch.dtype
-    tolerance: float
-    judged: bool = True
-    fault: Fault | None = None
+    case: Case  # The inputs, in float64, rounded to `dtype` before
+    output: Tensor  # The answer (batch, heads, query_len, value_dim), in float64 on the CPU
+    dtype: torch.dtype  # The dtype in which the subject was asked
+    tolerance: float  # The least part by which an output may be off
+    judged: bool = True  # Whether a wrong answer is a defect, or only worth a note
+    fault: Fault | None = None  # What the subject did to a cache that it was not to do
 
 
 # What was used as weights, (batch, heads, query_len, key_len); None where that is not known.
@@ -83,14 +67,7 @@ WeightsOf: TypeAlias = Callable[[Probe], Tensor | None]
 
 
 def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
-    """Call the subject with copies of a case.
-
-    Returns:
-        Its output (batch, heads, query_len, value_dim) in float64 on the CPU.
-
-    Raises:
-        Exception: Whatever the subject raises.
-    """
+    """Call the subject with copies of a case; return its output in float64 on the CPU."""
     return _output(answer_to(spec, case, dtype))
 
 
@@ -102,10 +79,8 @@ def _output(answer: Answer) -> Tensor:
 def answer_to(
     spec: AttentionSpec, case: Case, dtype: torch.dtype, *, dropout: float = 0.0
 ) -> Answer:
-    """Call the subject as `ask` does, and return all it answers.
-
-    What it was to be asked before is asked first, in the same memory.
-    """
+    """Call the subject as `ask` does, and return all it answers."""
+    # What it was to be asked before is asked first, in the same memory.
     device = spec.devices[0] if spec.devices else "cpu"
 
     def moved(tensor: Tensor) -> Tensor:
@@ -126,7 +101,6 @@ def answer_to(
 
 
 def _mapped(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
-    """The same with other tensors."""
     given = {one.name: getattr(case, one.name) for one in fields(Case)}
     new: dict[str, Any] = {n: change(t) for n, t in given.items() if isinstance(t, Tensor)}
     if case.documents is not None:
@@ -146,11 +120,8 @@ def one_thread() -> Iterator[None]:
 
 
 def probe(examination: Examination, blueprint: Blueprint, tolerance: float) -> Probe | str | None:
-    """Return a case with the subject's answer.
-
-    Returns:
-        Why it was refused, in all its sizes, or None if it is not among what is declared.
-    """
+    """Return a case with the subject's answer."""
+    # Or why it was refused, in all its sizes, or None if it is not among what is declared.
     refusal = None
     dtype = examination.dtype
     for case in _versions(examination, blueprint):
@@ -211,14 +182,9 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
     given = {name: level for name, level in chosen.items() if level is not False and level != NONE}
     given.pop("gradients", None)
     return _case(
-        blueprint.name,
-        blueprint.change,
-        declared.heads,
-        tuple(always.items()),
-        tuple(given.items()),
-        examination.dtype,
-        seed,
-    )
+        blueprint.name, blueprint.change, declared.heads, tuple(always.items()),
+        tuple(given.items()), examination.dtype, seed,
+    )  # fmt: skip
 
 
 # Cases are kept, and compared by identity: what plans make of them is kept as well (see
@@ -249,11 +215,9 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
 
 
 def with_identity(spec: AttentionSpec, one: Probe) -> list[tuple[Case, slice]]:
-    """Return cases whose outputs are the columns of the weights, and which columns.
-
-    Values are an identity matrix; in parts as wide as the values were, where the subject takes no
-    other width.
-    """
+    """Return cases whose outputs are the columns of the weights, and which columns."""
+    # Values are an identity matrix; in parts as wide as the values were, where the subject takes no
+    # other width.
     whole = _with_identity(one.case, one.case.key_len)
     try:
         ask(spec, whole[0][0], one.dtype)
@@ -275,11 +239,9 @@ def _with_identity(case: Case, width: int) -> list[tuple[Case, slice]]:
 
 
 def inferred_weights(spec: AttentionSpec, one: Probe) -> Tensor | None:
-    """Return what a subject uses as weights on a case, (batch, heads, query_len, key_len).
-
-    Its output for values that are an identity matrix: the weights, as long as the output is a sum
-    of values. None where the subject refuses such values.
-    """
+    """Return what a subject uses as weights on a case, (batch, heads, query_len, key_len)."""
+    # Its output for values that are an identity matrix: the weights, as long as the output is a sum
+    # of values. None where the subject refuses such values.
     weights = torch.zeros(one.case.shape, dtype=torch.float64)
     for case, columns in with_identity(spec, one):
         try:
@@ -303,12 +265,20 @@ def _clear(case: Case, seed: int) -> Case:
     return replace(case, mask=mask)
 
 
-def _large_scores(case: Case, seed: int) -> Case:
-    """The first two rows have scores that differ by hundreds, the next two very low ones.
+def _tiled(case: Case, seed: int) -> Case:
+    """Whole blocks of 8 queries and keys are hidden as well."""
+    case = _clear(case, seed)
+    if case.mask is None or case.mask.shape[-2] == 1:
+        return case
+    query, key = torch.arange(case.query_len)[:, None], torch.arange(case.key_len)
+    mask = case.mask | (key % 4 == 0)  # so that each query has a key
+    return replace(case, mask=mask & (query // 8 != key // 8))
 
-    Keys stand on a line in their first channel, far apart, so that rounding never decides which
-    one such a query chooses.
-    """
+
+def _large_scores(case: Case, seed: int) -> Case:
+    """The first two rows have scores that differ by hundreds, the next two very low ones."""
+    # Keys stand on a line in their first channel, far apart, so that rounding never decides which
+    # one such a query chooses.
     query, key = case.query, case.key
     scale = abs(case.scale) if case.scale else query.shape[-1] ** -0.5
     line = torch.linspace(-3, 3, case.key_len, dtype=torch.float64)
@@ -399,12 +369,17 @@ _CASES = (
     Blueprint("additive mask of numbers", _sized(4, 6, 7, mask="additive", fill="finite")),
     Blueprint("mask, causal, more keys", _sized(6, 9, 7, **_MASK, **_CAUSAL)),
     Blueprint("mask, causal, square", _sized(9, 9, 6, **_SQUARE, **_MASK, **_CAUSAL)),
+    Blueprint("mask of blocks", _sized(13, 15, key_heads=2, **_MASK), _tiled),
     Blueprint("fully masked row", _sized(7, 8, empty=True, **_MASK)),
     Blueprint("asked again", _sized(3, 5), _again),
     Blueprint("mask, asked again", _sized(4, 5, **_MASK), _again),
     Blueprint("grouped", _sized(7, 9, key_heads=2, group=3)),
     Blueprint("scale=0.7", _sized(3, 7, scale=0.7)),
     Blueprint("scale=-0.4", _sized(3, 8, scale=-0.4)),
+    # Decoding, whatever else is declared.
+    Blueprint("one query", _sized(1, 10, 6)),
+    Blueprint("additive mask, one query", _sized(1, 8, 6, mask="additive", fill="finite")),
+    Blueprint("window, one query", _sized(1, 11, 6, window="left")),
     Blueprint("documents", _sized(10, 10, 6, documents=True)),
     *(
         Blueprint(", ".join([name, *more]), _sized(4 + at, 10, 6, **{name: True}, **more))

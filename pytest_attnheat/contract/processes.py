@@ -22,22 +22,13 @@ from typing import Any
 
 import torch
 
-from pytest_attnheat.callables import accelerators
-from pytest_attnheat.inputs import misuse
+from ..callables import accelerators
+from ..inputs import misuse
 
 
 def started(target: Callable[..., None], given: Any, argument: str, name: str) -> tuple[Any, Any]:
-    """Start a process that calls `target(pipe, given)`; return it, and this end of its pipe.
-
-    Args:
-        target: A function of a module. It calls `settled` first.
-        given: What it is handed.
-        argument: What the user asked for a process by.
-        name: What is to be called there.
-
-    Raises:
-        ValueError: It has to be pickled, and cannot be.
-    """
+    """Start a process that calls `target(pipe, given)`; return it, and this end of its pipe."""
+    # `target` is a function of a module, and calls `settled` first.
     forked = forks()
     try:
         given = given if forked else pickle.dumps(given)

@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from pytest_attnheat.attention.chunks import Progress
-from pytest_attnheat.attention.devices import check_device, visible_devices
-from pytest_attnheat.contract import processes
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import check_number, misuse, positive
+from ..attention.chunks import Progress
+from ..attention.devices import check_device, visible_devices
+from ..failure import Failure
+from ..inputs import check_number, misuse, positive
+from . import processes
 
 # How long one call may take, in seconds; and the start of a group, which may import torch again.
 TIME_LIMIT, _START_LIMIT = 120.0, 300.0
@@ -111,13 +111,7 @@ class Ranks:
             raise ValueError(misuse("time_limit", repr(self.time_limit), "seconds above 0"))
 
     def start(self) -> None:
-        """Start them.
-
-        Raises:
-            AbsentError: There are not as many devices.
-            ValueError: The function cannot be sent to another process, or this one is a rank.
-            Failure: They did not start.
-        """
+        """Start them."""
         present = visible_devices().get(self.device, 0)
         if self.device != "cpu" and present < self.count:
             raise AbsentError(f"{self.count} ranks need as many {self.device}, here are {present}")
@@ -136,12 +130,7 @@ class Ranks:
             raise
 
     def run(self, arguments: Sequence[Sequence[Any]]) -> list[Any]:
-        """Call the function on each rank, with arguments of its own; return what each returned.
-
-        Raises:
-            Failure: A rank died, or did not answer in time.
-            Exception: What a rank raised, first of all.
-        """
+        """Call the function on each rank, with arguments of its own; return what each returned."""
         if not self._processes:
             self.start()
         for (_, pipe), given in zip(self._processes, arguments, strict=True):

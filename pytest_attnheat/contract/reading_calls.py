@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.contract.asking import KEYWORDS, dense, keyword_of
-from pytest_attnheat.contract.conventions.dense import with_itself
-from pytest_attnheat.contract.conventions.reading import (
-    Arguments,
-    Given,
-    SetAsideError,
-    UnreadError,
-    as_mask,
-    four,
-    three,
-)
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.call import Call
+from .asking import KEYWORDS, dense, keyword_of
+from .conventions.dense import with_itself
+from .conventions.reading import Arguments, Given, SetAsideError, UnreadError, as_mask, four, three
+from .spec import AttentionSpec
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Arguments that change nothing of what is computed.
@@ -33,17 +25,11 @@ _INERT = {"enable_gqa", "deterministic", "num_splits", "pack_gqa", "sm_margin", 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A call of a target as it is understood.
+    """A call of a target as it is understood."""
 
-    Attributes:
-        call: What it asks. Its tensors are those of the arguments, turned: gradients reach them.
-        given: Its tensors, and how answers are turned.
-        scale_given: Whether the scale is an argument of the call.
-    """
-
-    call: Call
-    given: Given
-    scale_given: bool
+    call: Call  # What it asks. Its tensors are the arguments, turned: gradients reach them
+    given: Given  # Its tensors, and how answers are turned
+    scale_given: bool  # Whether the scale is an argument of the call
 
 
 def _of_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,  # type: ignore[no-untyped-def]
@@ -59,16 +45,7 @@ def signature_of(spec: AttentionSpec) -> inspect.Signature:
 
 
 def read(spec: AttentionSpec, given: Sequence[Any], named: Mapping[str, Any]) -> Reading:
-    """Read a call of a target as its specification says that it is called.
-
-    Args:
-        spec: The specification of the target.
-        given: The arguments of the call by position.
-        named: Those by name.
-
-    Raises:
-        UnreadError: Something of the call is not described.
-    """
+    """Read a call of a target as its specification says that it is called."""
     if why := unreadable(spec):
         raise UnreadError(why)
     bound = signature_of(spec).bind(*given, **named)

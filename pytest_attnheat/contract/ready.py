@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.inputs import misuse
+from ..attention.scoring import draw
+from ..callables import is_compiled
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..inputs import misuse
+from .spec import AttentionSpec
 
 _BATCH, _LENGTH = 2, 9
 # Blocks that need no inputs to be given.
@@ -22,12 +22,10 @@ READY_MADE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerE
 
 
 def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
-    """Return a specification: as it is, ready-made, or of a callable with nothing declared.
-
-    Ready-made are those of `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and
-    `nn.TransformerEncoder`, as blocks in evaluation mode. Public callables that are recognised by
-    their parameters are called as they are, see `conventions`.
-    """
+    """Return a specification: as it is, ready-made, or of a callable with nothing declared."""
+    # Ready-made are those of `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and
+    # `nn.TransformerEncoder`, as blocks in evaluation mode. Public callables that are recognised by
+    # their parameters are called as they are, see `conventions`.
     if isinstance(subject, AttentionSpec):
         return subject
     width = _width_of(subject)

@@ -9,19 +9,19 @@ from functools import cached_property
 
 import torch
 
-from pytest_attnheat.assertions.precision_calls import Criteria, asking, described_call
-from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.cases import as_dtype
-from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
-from pytest_attnheat.attention.levels import Choice
-from pytest_attnheat.attention.mistakes import as_case
-from pytest_attnheat.contract.effects import Known, Slopes
-from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.planting import Planted, shows_in_gradients, slopes_of
-from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version
+from ..assertions.precision_calls import Criteria, asking, described_call
+from ..assertions.precision_judging import judge_call
+from ..attention.call import Call
+from ..attention.cases import as_dtype
+from ..attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
+from ..attention.levels import Choice
+from ..attention.outcomes import as_case
+from .effects import Known, Slopes
+from .examination import Examination
+from .planting import Planted, shows_in_gradients, slopes_of
+from .probing import one_thread
+from .spec import AttentionSpec
+from .versions import Version
 
 # Samples must differ for defects that mix them up to show.
 _BATCH = 2
@@ -49,30 +49,20 @@ def test_what_hard_cases_do_not_tell(call):
 
 @dataclass(frozen=True)
 class Remedy:
-    """Calls that tell what survived from the right one.
+    """Calls that tell what survived from the right one."""
 
-    Attributes:
-        cases: Names of hard cases, the one that tells most apart first.
-        calls: Calls of the examination, as `check_attention(replay=)` takes them, for what hard
-            cases do not tell apart.
-        dtype: The dtype in which they are asked.
-        killed: The names of what they tell apart.
-        left: The names of what they do not.
-        exercised: By hard case, which inactive defects would be active on it.
-        tolerance: By dtype, by which part of the largest number of a head rounding may move one.
-        code: Tests ready to paste; empty where nothing survived.
-        inside: Whether the cases are of the attention inside of a block.
-    """
-
-    cases: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()  # Names of hard cases, the one that tells most apart first
+    # Calls of the examination, as `check_attention(replay=)` takes them, for what hard cases do not
+    # tell apart
     calls: tuple[str, ...] = ()
-    dtype: str = ""
-    killed: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
+    dtype: str = ""  # The dtype in which they are asked
+    killed: tuple[str, ...] = ()  # The names of what they tell apart
+    left: tuple[str, ...] = ()  # The names of what they do not
+    # By hard case, which inactive defects would be active on it
     exercised: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    tolerance: tuple[tuple[str, float], ...] = ()
-    code: str = ""
-    inside: bool = False
+    tolerance: tuple[tuple[str, float], ...] = ()  # By dtype, what rounding may do to a head
+    code: str = ""  # Tests ready to paste; empty where nothing survived
+    inside: bool = False  # Whether the cases are of the attention inside of a block
 
     def __str__(self) -> str:
         """What to add, and which tolerance follows from the dtype."""
@@ -105,28 +95,19 @@ class Remedy:
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """A call that may tell versions apart.
+    """A call that may tell versions apart."""
 
-    Attributes:
-        name: That of a hard case, or the levels of a call of the examination.
-        call: The call.
-        spec: The target.
-        examined: The examination that it is one of, and what is chosen there; None of a hard case.
-    """
-
-    name: str
-    call: Call
-    spec: AttentionSpec
-    examined: tuple[Examination, Choice] | None = None
+    name: str  # That of a hard case, or the levels of a call of the examination
+    call: Call  # The call
+    spec: AttentionSpec  # The target
+    examined: tuple[Examination, Choice] | None = None  # It, and what is chosen; None: hard case
 
     @cached_property
     def known(self) -> Known:
-        """What attention gives on it."""
         return Known(as_case(self.spec.described(self.call)), self.spec.tolerance or 0.0)
 
     @cached_property
     def slopes(self) -> Slopes:
-        """Its gradients."""
         return slopes_of(self.spec.described(self.call))
 
     @cached_property
@@ -175,24 +156,15 @@ class _Asked:
 
 
 def remedy_for(
-    spec: AttentionSpec,
-    survived: Sequence[Version],
-    inactive: Sequence[Version],
-    plant: Callable[[Version], Planted],
-    rounding: Mapping[str, float],
+    spec: AttentionSpec,  # The target
+    survived: Sequence[Version],  # The versions that a judge accepted
+    inactive: Sequence[Version],  # Those that were the right one on all its calls
+    plant: Callable[[Version], Planted],  # Plants a version
+    rounding: Mapping[str, float],  # By each dtype in which they were off, what rounding may do
     *,
-    seed: int = 0,
+    seed: int = 0,  # Where calls of the examination are drawn from
 ) -> Remedy:
-    """Return the fewest calls, chosen greedily, on which our assertions kill what survived.
-
-    Args:
-        spec: The target.
-        survived: The versions that a judge accepted.
-        inactive: Those that were the right one on all its calls.
-        plant: Plants a version.
-        rounding: By each dtype in which they were off, what rounding may do.
-        seed: Where calls of the examination are drawn from.
-    """
+    """Return the fewest calls, chosen greedily, on which our assertions kill what survived."""
     dtype = next((name for name in _FINEST if name in rounding), spec.dtypes[0])
     device = spec.devices[0] if spec.devices else "cpu"
     every = [_Asked(n, hard_case(n, dtype=dtype, device=device, batch=_BATCH), spec)
@@ -209,15 +181,11 @@ def remedy_for(
     cases = tuple(one.name for one in chosen if one.examined is None)
     calls = tuple(one.name for one in chosen if one.examined is not None)
     return Remedy(
-        cases,
-        calls,
-        dtype if survived else "",
-        tuple(one.name for one in survived if one not in left),
-        tuple(one.name for one in left),
-        exercised,
-        tuple(sorted(rounding.items())),
+        cases, calls, dtype if survived else "",
+        tuple(one.name for one in survived if one not in left), tuple(one.name for one in left),
+        exercised, tuple(sorted(rounding.items())),
         _code(spec, cases, calls, dtype) if chosen else "",
-    )
+    )  # fmt: skip
 
 
 def _examined(spec: AttentionSpec, dtype: str, device: str, seed: int) -> Iterator[_Asked]:

@@ -9,31 +9,33 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeAlias
 
-from pytest_attnheat.attention.chunks import Progress
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.block_checks import ORDERLESS
-from pytest_attnheat.contract.combinations import Replay
-from pytest_attnheat.contract.declarations import hints_of
-from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Check
-from pytest_attnheat.contract.isolated import TIME_LIMIT, isolated
-from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.running import (
+from ..attention.chunks import Progress
+from ..callables import is_compiled
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import html_table
+from ..inputs import misuse
+from .block_checks import ORDERLESS
+from .combinations import Replay
+from .declarations import hints_of
+from .diagnosis import Diagnosis
+from .examination import Check
+from .isolated import TIME_LIMIT, isolated
+from .ready import as_spec
+from .running import (
     KNOWN,
     TWO_CODES,
     Result,
     checks_of,
     diagnosis_of,
     examinations_of,
+    expected_of,
+    left_out_of,
     report_data,
     run_check,
 )
-from pytest_attnheat.contract.sharded import on_ranks
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import html_table
-from pytest_attnheat.inputs import misuse
+from .sharded import on_ranks
+from .spec import AttentionSpec
 
 ExpectedFailures: TypeAlias = Mapping[str, str]
 
@@ -47,12 +49,14 @@ class Report:
         results: One for each check, dtype and device.
         seed: Where the inputs were drawn from.
         hints: What a reader may want to declare or know, besides.
+        left_out: The names of the checks that the quick form of the examination left out.
     """
 
     spec: AttentionSpec
     results: tuple[Result, ...]
     seed: int = 0
     hints: tuple[str, ...] = ()
+    left_out: str = ""
 
     @property
     def passed(self) -> bool:
@@ -120,7 +124,10 @@ class Report:
         return lines
 
     def _left_out(self) -> Iterator[str]:
-        """Why checks of a block were skipped, each reason once; of others -rs lists dozens."""
+        """What was not asked, and why checks of a block were skipped, each reason once."""
+        # Of others -rs lists dozens.
+        if self.left_out:
+            yield f"not asked in the quick form: {self.left_out}"
         reasons = dict[str, dict[str, None]]()
         for result in self.results if self.spec.is_block else ():
             if result.status == "skipped" and result.reason and result.reason not in self._head():
@@ -152,7 +159,9 @@ class Report:
             result.as_dict() | {"inside": self._inside[1].get(result.name, "")}
             for result in self.results
         ]
-        return report_data(self.spec, results, self.diagnosis, self._hints, self.seed)
+        return report_data(
+            self.spec, results, self.diagnosis, self._hints, self.seed, self.left_out
+        )
 
     @property
     def _hints(self) -> list[str]:
@@ -168,11 +177,12 @@ class Report:
             return f"nothing was examined: {self.spec.unmet}"
         if not self.asked:
             calls = [r.message for r in self.results if r.name == "call" and r.message]
-            why = "each check was refused, or left out by what is declared"
-            return f"nothing was examined; {calls[0] if calls else why}"
+            why = {"each check was refused, or left out by what is declared"}
+            alike = {r.message for r in self.results}
+            return f"nothing was examined; {(calls or [*(alike if len(alike) == 1 else why)])[0]}"
         head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
         if not self.failed:
-            head = "all checks passed"
+            head = f"all {'quick ' if self.left_out else ''}checks passed"
         head += f", {skipped} skipped" if skipped else ""
         if self.failed or not self.spec.is_block:
             return head
@@ -260,17 +270,11 @@ def check_attention(
             )  # fmt: skip
             _ = report.diagnosis  # made while there are ranks for it
         return report
-    given: Any = expected_failures
-    if not isinstance(given, Mapping | None):
-        accepted = "reasons by the names of checks, or None"
-        raise TypeError(misuse("expected_failures", type(given).__name__, accepted))
-    expected = dict(expected_failures or {})
     asked = checks_of(spec, checks, quick=quick, long=long)
-    if unknown := set(expected) - {check.name for check in (*KNOWN, *asked)}:
-        names = ", ".join(repr(check.name) for check in asked)
-        raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))
+    expected = expected_of(expected_failures, [check.name for check in (*KNOWN, *asked)])
     call = None if replay is None else Replay.of(replay)
     examinations = examinations_of(spec, quick=quick and not (call and call.dtype), seed=seed)
+    left_out = left_out_of(spec, asked) if quick and not (checks or call) else ""
     if call is not None:
         examinations, asked = call.among(examinations), (call.check,)
     worker, hint = isolated(spec, asked, isolate, time_limit)
@@ -282,7 +286,7 @@ def check_attention(
         for examination, check in every:
             progress.step()
             results.append(run(check, examination, expected.get(check.name)))
-        report = Report(spec, tuple(results), seed, (hint,) if hint else ())
+        report = Report(spec, tuple(results), seed, (hint,) if hint else (), left_out)
         if worker is not None:  # diagnosed while there is a process for it
             diagnosed = partial(worker.diagnosed, examinations[0])
             vars(report)["_inside"] = report._diagnosed(diagnosed)

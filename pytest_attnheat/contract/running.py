@@ -6,7 +6,7 @@ import inspect
 import math
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -14,22 +14,22 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour import sequences
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.attention.devices import fault_of, names_of, resolve
-from pytest_attnheat.callables import always_compiled, is_compiled, is_past_compiling
-from pytest_attnheat.contract import asking
-from pytest_attnheat.contract.captured import diagnose_records, records_of
-from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.combinations import REPLAY
-from pytest_attnheat.contract.declarations import hints_of, wrong_declaration
-from pytest_attnheat.contract.diagnosing import diagnose
-from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Examination, Skipped, is_refusal
-from pytest_attnheat.contract.long_calls import LONG
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name, misuse
+from ..assertions.behaviour import sequences
+from ..assertions.behaviour.models import ModelSubject
+from ..attention.devices import fault_of, names_of, resolve
+from ..callables import always_compiled, is_compiled, is_past_compiling
+from ..failure import Failure
+from ..inputs import dtype_name, misuse
+from . import asking
+from .captured import diagnose_records, records_of
+from .checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
+from .combinations import REPLAY
+from .declarations import hints_of, wrong_declaration
+from .diagnosing import diagnose
+from .diagnosis import Diagnosis
+from .examination import Examination, Skipped, is_refusal
+from .long_calls import LONG
+from .spec import AttentionSpec
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
 
@@ -82,18 +82,8 @@ class Result:
 def diagnosis_of(
     spec: AttentionSpec, result: Result, seed: int = 0, *, search: bool = True
 ) -> tuple[Diagnosis | None, str]:
-    """Diagnose what failed, and say what is known of attention in the call of a block that failed.
-
-    Args:
-        spec: What is claimed.
-        result: What failed.
-        seed: Where inputs are drawn from.
-        search: Whether to look for what attention in a block is instead, if it is wrong.
-
-    Returns:
-        The diagnosis, None of what answers nothing at all, or has a reference of its own; and the
-        sentence.
-    """
+    """Diagnose what failed, and say what is known of attention in the failed call of a block."""
+    # There is no diagnosis of what answers nothing at all, or has a reference of its own.
     failure = result.failure
     again = None if failure is None else failure.again
     # Nothing but that call is made; or known defects are those of other attention.
@@ -159,18 +149,15 @@ def checks_of(
     quick: bool = False,
     long: bool = False,
 ) -> tuple[Check, ...]:
-    """Return the checks that a specification is asked: those that are given, or all of its kind.
-
-    With `long`, that of one call as long as memory allows as well.
-    """
+    """Return the checks that a specification is asked: those that are given, or all of its kind."""
+    # With `long`, that of one call as long as memory allows as well.
     if long:
         if spec.is_block or spec.is_captured or spec.sharding is not None:
             accepted = "False for a block, on ranks, and for what was captured"
             raise ValueError(misuse("long", True, f"{accepted}: it is a call of one function"))
         return (*checks_of(spec, given, quick=quick), LONG)
     if given is None:
-        known = CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
-        return tuple(check for check in known if check.quick or not quick)
+        return tuple(check for check in _all_of(spec) if check.quick or not quick)
     accepted = "one or more checks, as Check(name, sentence, function), or None for all"
     if not all(isinstance(one, Check) for one in given):
         raise TypeError(misuse("checks", repr(given), accepted))
@@ -179,24 +166,47 @@ def checks_of(
     return tuple(given)
 
 
-def examinations_of(
-    spec: AttentionSpec,
-    *,
-    quick: bool = False,
-    seed: int = 0,
-    devices: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-) -> list[Examination]:
-    """Return an examination for each dtype and device of a specification.
+def _all_of(spec: AttentionSpec) -> tuple[Check, ...]:
+    return CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
+
+
+def expected_of(given: object, names: Iterable[str]) -> dict[str, str]:
+    """Return which checks are known to fail, with the reasons.
 
     Args:
-        spec: What is claimed.
-        quick: Take the first of the dtypes alone.
-        seed: Where the inputs are drawn from.
-        devices: The names of devices, in place of those that are declared or else present.
-        dtypes: Which of the declared dtypes to take; all by default. What is examined as it was
-            captured, or with inputs of its own, has one dtype.
+        given: `expected_failures` as a user gave it.
+        names: Those that it may name.
+
+    Raises:
+        TypeError: It is not a mapping.
+        ValueError: It names something else.
     """
+    if not isinstance(given, Mapping | None):
+        accepted = "reasons by the names of checks, or None"
+        raise TypeError(misuse("expected_failures", type(given).__name__, accepted))
+    expected, known = dict(given or {}), set(names)
+    if unknown := sorted(set(expected) - known):
+        accepted = f"names of checks, of {sorted(known)}"
+        raise ValueError(misuse("expected_failures", unknown, accepted))
+    return expected
+
+
+def left_out_of(spec: AttentionSpec, asked: Sequence[Check]) -> str:
+    """Say which checks the quick form of the examination leaves out."""
+    return ", ".join(check.name for check in _all_of(spec) if check not in asked)
+
+
+def examinations_of(
+    spec: AttentionSpec,  # What is claimed
+    *,
+    quick: bool = False,  # Take the first of the dtypes alone
+    seed: int = 0,  # Where the inputs are drawn from
+    devices: Sequence[str] | None = None,  # In place of those that are declared or else present
+    # Which of the declared dtypes to take; all by default. What is examined as it was captured, or
+    # with inputs of its own, has one dtype.
+    dtypes: Sequence[str] | None = None,
+) -> list[Examination]:
+    """Return an examination for each dtype and device of a specification."""
     if devices is None:
         devices = ["cpu"] if spec.is_captured else spec.devices or names_of(("auto",))
     if spec.inputs is not None:
@@ -222,10 +232,8 @@ def _first_served(some: Sequence[Examination]) -> Sequence[Examination]:
 
 
 def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
-    """Run one check; whatever the subject raises is an answer.
-
-    So is a fault of its device, whatever was answered; nothing is asked of a device after one.
-    """
+    """Run one check; whatever the subject raises is an answer."""
+    # So is a fault of its device, whatever was answered; nothing is asked of a device after one.
     dtype, device = dtype_name(examination.dtype), str(examination.device)
     result = Result(check.name, dtype, device, "passed")
     try:
@@ -335,11 +343,9 @@ VERSION = 1
 
 
 def as_data(value: Any) -> Any:
-    """Return a value as texts, numbers, lists and dictionaries.
-
-    A number that is not finite is "nan", "inf" or "-inf", a tensor "float32 (2, 3)", a dtype its
-    name; a function or a module goes by its name. Of a dataclass, tensors are left out.
-    """
+    """Return a value as texts, numbers, lists and dictionaries."""
+    # A number that is not finite is "nan", "inf" or "-inf", a tensor "float32 (2, 3)", a dtype its
+    # name; a function or a module goes by its name. Of a dataclass, tensors are left out.
     if isinstance(value, str):
         return str(value)  # of a subclass as well, which workers cannot send
     if value is None or isinstance(value, bool | int):
@@ -361,29 +367,23 @@ def as_data(value: Any) -> Any:
 
 
 def report_data(
-    spec: Any, results: Sequence[Mapping[str, Any]], diagnosis: Any, hints: Sequence[str], seed: int
+    spec: Any,
+    results: Sequence[Mapping[str, Any]],
+    diagnosis: Any,
+    hints: Sequence[str],
+    seed: int,
+    left_out: str = "",
 ) -> dict[str, Any]:
-    """Return a report as plain data.
-
-    Args:
-        spec: What was examined, a specification or its data.
-        results: `Result.as_dict()` of each.
-        diagnosis: What it computes instead, a `Diagnosis` or its data; None without one.
-        hints: What a reader may want to declare or know.
-        seed: Where the inputs were drawn from.
-    """
+    """Return a report as plain data, of a specification and a diagnosis or their data."""
     counts = Counter(result["status"] for result in results)
     return {
-        "version": VERSION,
-        "subject": spec["name"] if isinstance(spec, Mapping) else spec.name,
+        "version": VERSION, "subject": spec["name"] if isinstance(spec, Mapping) else spec.name,
         "passed": not counts["failed"] and counts["skipped"] < len(results),
         "counts": {status: counts[status] for status in ("passed", "failed", "skipped", "xfailed")},
-        "spec": spec if isinstance(spec, Mapping) else spec_data(spec),
-        "seed": seed,
-        "hints": list(hints),
-        "diagnosis": diagnosis_data(diagnosis),
-        "results": list(results),
-    }
+        "spec": spec if isinstance(spec, Mapping) else spec_data(spec), "seed": seed,
+        "hints": list(hints), "left_out": left_out.split(", ") if left_out else [],
+        "diagnosis": diagnosis_data(diagnosis), "results": list(results),
+    }  # fmt: skip
 
 
 def spec_data(spec: Any) -> dict[str, Any]:

@@ -16,13 +16,20 @@ from itertools import groupby, product
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.mistakes import Expected, expected, finite
-from pytest_attnheat.attention.outcomes import Decisions, decisions_of, is_large, together
-from pytest_attnheat.attention.plan import Plan
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.matching import PERFECT, Answers, Explanation, nearly, worst
-from pytest_attnheat.contract.probing import Probe
+from ..attention.defects import DEFECTS, Defect
+from ..attention.outcomes import (
+    Decisions,
+    Expected,
+    decisions_of,
+    expected,
+    finite,
+    is_large,
+    together,
+)
+from ..attention.plan import Plan
+from ..attention.tolerance import is_fine
+from .matching import PERFECT, Answers, Explanation, nearly, worst
+from .probing import Probe
 
 # Constants are not looked for within so many times what rounding does.
 _STEPS = 4.0
@@ -41,21 +48,13 @@ _BY_NAME = {defect.name: defect for defect in DEFECTS}
 class Search:
     """The search among the known defects for what a subject computes.
 
-    Attributes:
-        answers: What it answered.
-        singles: Every plan with one defect that was compared, with its fit.
-        unseen: Defects that change nothing on these cases.
-        compared: How many plans were compared.
-        telling: For each case, how many of the singles change it.
+    `singles` are the plans with one defect that were compared, `telling` how many of them change
+    each case, and `unseen` the defects that change nothing on these cases.
     """
 
     def __init__(self, probes: Sequence[Probe], *, keep: bool = False) -> None:
-        """Compare the answers with attention that carries each known defect.
-
-        Args:
-            probes: Cases and answers.
-            keep: Keep what they give on these cases, for the next subject that is asked them.
-        """
+        """Compare the answers with attention that carries each known defect."""
+        # `keep`: keep what they give on these cases, for the next subject that is asked them.
         self.answers = Answers(probes, keep=keep)
         self._begun: list[Explanation] = []  # pairs that reproduce the first case that is wrong
         self.singles: list[Explanation] = []
@@ -106,10 +105,8 @@ class Search:
         return sorted(range(len(probes)), key=lambda i: (is_large(probes[i].case), self.telling[i]))
 
     def in_some_cases(self) -> list[Explanation]:
-        """Return the defects that reproduce every wrong answer, in one form of them or another.
-
-        Where they would change answers that are right, the subject has them in some calls alone.
-        """
+        """Return the defects that reproduce every wrong answer, in one form of them or another."""
+        # Where they would change answers that are right, the subject has them in some calls alone.
         count = range(len(self.answers.probes))
         wrong = [i for i in count if self.answers.compare(i, [Explanation()])[0].excess > 1.0]
         found = []
@@ -125,13 +122,9 @@ class Search:
         return found
 
     def in_pairs(self) -> list[Explanation]:
-        """Compare the answers with attention that carries two defects.
-
-        All pairs are compared on the first case that is wrong, what comes near on the next.
-
-        Returns:
-            What comes near on all cases, and the best of what does not.
-        """
+        """Compare the answers with attention that carries two defects."""
+        # All pairs are compared on the first case that is wrong, what comes near on the next.
+        # Returns what comes near on all cases, and the best of what does not.
         limit = nearly(self.answers.probes)
         correct = Explanation()
         ordered = self._in_order()
@@ -170,16 +163,8 @@ class Search:
     def by_constant(
         self, bases: Sequence[Explanation], i: int = 0, *, factors: bool = False
     ) -> list[Explanation]:
-        """Fit one constant, besides each of some plans, to one answer; measure it on all.
-
-        Args:
-            bases: The plans.
-            i: The case of the answer that it is fitted to.
-            factors: Fit factors of the output alone.
-
-        Returns:
-            What was fitted, which need not reproduce anything.
-        """
+        """Fit a constant, besides each of some plans, to answer `i`; measure it on all."""
+        # What was fitted need not reproduce anything.
         probe, outcomes = self.answers.probes[i], self.answers.outcomes[i]
         alike: dict[Expected, list[Explanation]] = {}
         for base in bases:
@@ -193,6 +178,8 @@ class Search:
                 constants["temperature"] = self._temperature(some[0].decided, outcome, i)
             constants["output_factor"] = _output_factor(outcome, probe)
             for (name, constant), base in product(constants.items(), some):
+                if name == "temperature" and base.names[-1:] == ("scale_of_another_width",):
+                    continue  # a fixed scale times a constant is a fixed scale
                 if constant is None or abs(constant - 1.0) < _least_step(base.decided, probe):
                     continue
                 defects = (*base.defects, _BY_NAME[name])
@@ -248,14 +235,8 @@ class Search:
     # --- several defects, step by step
 
     def step_by_step(self, fitted: Sequence[Explanation]) -> list[Explanation]:
-        """Compare the answers with attention that carries several defects, one more at each step.
-
-        Args:
-            fitted: What defects give with a constant besides, which may explain the first case.
-
-        Returns:
-            What reproduces every answer, if anything does.
-        """
+        """Compare the answers with attention with several defects, one more at each step."""
+        # Returns what reproduces every answer, if anything does.
         explained: list[int] = []
         kept = [Explanation()]
         for i in self._in_order():

@@ -16,14 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed
 
-from pytest_attnheat.attention.sharding import SHARDED
-from pytest_attnheat.attention.shards import SCHEMES, Scheme, Shards
-from pytest_attnheat.callables import identical, parameters_of
-from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.ranks import Ranks
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse, whole_number
+from ..attention.sharding import SHARDED
+from ..attention.shards import SCHEMES, Scheme, Shards
+from ..callables import identical, parameters_of
+from ..failure import Checked, Failure, Place
+from ..inputs import misuse, whole_number
+from .examination import Examination
+from .ranks import Ranks
+from .spec import AttentionSpec
 
 # How many calls a rank keeps, of which gradients may be asked.
 _KEPT = 8
@@ -33,25 +33,12 @@ _MOST_IN_A_ROW = 2
 
 
 class Sharded:
-    """A subject on several ranks, with the signature that it has on one of them.
-
-    Attributes:
-        subject: Called on each rank with its shards of query, key and value.
-        shards: How the sequence lies on the ranks.
-    """
+    """A subject on several ranks, with the signature that it has on one of them."""
 
     def __init__(
         self, subject: Callable[..., Any], name: str, shards: Shards, dim: int, time_limit: float
     ) -> None:
-        """Start nothing yet.
-
-        Args:
-            subject: The subject.
-            name: What it is called.
-            shards: How the sequence lies on the ranks.
-            dim: The dimension of positions, in each tensor as the subject takes it.
-            time_limit: How long one call may take, in seconds.
-        """
+        """Start nothing yet; `dim` is that of positions, in each tensor as the subject takes it."""
         self.subject, self.shards, self._dim, self._limit = subject, shards, dim, time_limit
         self._groups: dict[str, Ranks] = {}
         self._numbers = count()
@@ -172,15 +159,10 @@ _apply: Callable[..., Any] = _Scattered.apply
 
 @dataclass
 class OnRank:
-    """The subject on one rank; it keeps the last calls, of which gradients may be asked.
+    """The subject on one rank; it keeps the last calls, of which gradients may be asked."""
 
-    Attributes:
-        subject: The subject.
-        device: The kind of device that its tensors are on.
-    """
-
-    subject: Callable[..., Any]
-    device: str
+    subject: Callable[..., Any]  # The subject
+    device: str  # The kind of device that its tensors are on
     _calls: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     def __call__(self, kind: str, *told: Any) -> Any:
@@ -234,11 +216,7 @@ class OnRank:
 
 
 def on_ranks(spec: AttentionSpec, ranks: int, time_limit: float) -> tuple[AttentionSpec, Sharded]:
-    """Return the specification of a sharded subject as it is called on several ranks, and that.
-
-    Raises:
-        ValueError: Nothing says how it is sharded, or there are not several ranks.
-    """
+    """Return the specification of a sharded subject as it is called on several ranks, and that."""
     whole_number("ranks", ranks, least=2)
     if spec.sharding is None:
         accepted = f"AttentionSpec(..., sharding=), one of {', '.join(map(repr, SCHEMES))}"
@@ -260,13 +238,8 @@ _UNLIKELY = 20.0
 
 
 def judge_dropout_of_ranks(examination: Examination, shards: Shards) -> None:
-    """Judge whether ranks drop the same of the weights that each of them makes.
-
-    Each rank has random numbers of its own, so what is dropped alike comes from one seed.
-
-    Raises:
-        Failure: Two ranks drop the same weights.
-    """
+    """Judge whether ranks drop the same of the weights that each of them makes."""
+    # Each rank has random numbers of its own, so what is dropped alike comes from one seed.
     length = -(-_LENGTH // shards.parts) * shards.parts
     alike = examination.space.declared.levels()["value_dim"] == ("equal",)
     call = examination.case(sizes=(length, length), **({"head_dim": 64} if alike else {}))
@@ -313,10 +286,9 @@ def _of_ranks(
 
 
 def _is_no_chance(judged: Tensor, dropped: Tensor) -> bool:
-    """Whether what is dropped is so much, one by one, that no other rank drops it by chance.
-
-    Where whole lines are dropped, or nothing, another check tells so, which says nothing of ranks.
-    """
+    """Whether what is dropped is so much, one by one, that no other rank drops it by chance."""
+    # Where whole lines are dropped, or nothing, another check tells so, which says nothing of
+    # ranks.
     kept = judged & ~dropped
     if not all(bool((dropped.any(dim) & kept.any(dim)).any()) for dim in (-1, -2)):
         return False

@@ -11,21 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, with_causal
-from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
-from pytest_attnheat.attention.features import slopes_of
-from pytest_attnheat.attention.shards import Scheme, Shards
-from pytest_attnheat.attention.tolerance import merging_tolerance
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract import asking
-from pytest_attnheat.contract.accepted import Returns, check_fields, check_rules, check_subject
-from pytest_attnheat.contract.asking import KEYWORDS, Answer
-from pytest_attnheat.contract.conventions import Convention, named
-from pytest_attnheat.contract.filling import by_convention, by_signature
-from pytest_attnheat.failure import Failure
+from ..assertions.behaviour.sequences import SequenceModel, with_causal
+from ..attention.call import Call, MaySee, ScoreMod, slopes_of
+from ..attention.shards import Scheme, Shards
+from ..attention.tolerance import merging_tolerance
+from ..attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
+from ..callables import parameters_of
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import Failure
+from . import accepted, asking
+from .accepted import Returns
+from .asking import KEYWORDS, Answer
+from .conventions import Convention, named
 
 # Looked up in this order: a causal_mask is a mask.
 _SOUNDS: dict[str, tuple[str, ...]] = {
@@ -175,12 +173,12 @@ class AttentionSpec:
     _made: AttentionSpec | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_subject(self)
+        accepted.check_subject(self)
         if self._made is not None:
             self._forget(self._made)
-        check_fields(self)
+        accepted.check_fields(self)
         self._complete()
-        check_rules(self)
+        accepted.check_rules(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Be copied and sent without what cannot be."""
@@ -212,9 +210,9 @@ class AttentionSpec:
 
     def _complete(self) -> None:
         """Fill in what its convention, and the subject's own name and signature, say."""
-        said = by_convention(self)
+        said = accepted.by_convention(self)
         self._fill(said)
-        found = said | by_signature(self)
+        found = said | accepted.by_signature(self)
         self._fill(found)
         vars(self).update(_filled=found, _made=self)
 
@@ -333,17 +331,12 @@ class AttentionSpec:
         return {}
 
     def always(self, heads: int) -> dict[str, Any]:
-        """Return what every call has, as fields of `Call`.
-
-        Args:
-            heads: The number of query heads.
-        """
+        """Return what every call with so many query heads has, as fields of `Call`."""
         if callable(self.alibi) and heads not in self._slopes:
             self._slopes[heads] = slopes_of(self.alibi, heads)
         slopes = self._slopes[heads] if callable(self.alibi) else self.alibi
-        seen = (
-            asking.by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
-        )
+        seen: Any = self.may_see
+        seen = asking.by_position(seen) if isinstance(seen, Tensor) else seen
         given = {name: getattr(self, name) for name in _ALWAYS}
         given |= {"alibi": slopes, "may_see": seen, "shards": self.sharding}
         return {name: value for name, value in given.items() if not isinstance(value, str | None)
@@ -418,12 +411,10 @@ class AttentionSpec:
         enable_gqa: bool = False,
         **features: Any,
     ) -> Tensor:
-        """Call the subject with the arguments of PyTorch's own function, and get its output.
-
-        So every assertion on attention functions takes a specification, whatever the layout of
-        the subject and the meaning of its mask. `is_causal` means what the specification says.
-        Further keywords are fields of `Call`.
-        """
+        """Call the subject with the arguments of PyTorch's own function, and get its output."""
+        # So every assertion on attention functions takes a specification, whatever the layout of
+        # the subject and the meaning of its mask. `is_causal` means what the specification says.
+        # Further keywords are fields of `Call`.
         call = Call(query, key, value, causal=is_causal, scale=scale, **features)
         if is_causal and not self.takes_causal:
             call = replace(call, causal=False)

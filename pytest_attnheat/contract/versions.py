@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.backward import BACKWARD
-from pytest_attnheat.attention.decisions import Change, Defect
-from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.misreadings import HISTORY
-from pytest_attnheat.attention.outcomes import Decisions, decisions_of
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.backward import BACKWARD
+from ..attention.decisions import Change, Defect
+from ..attention.defects import DEFECTS
+from ..attention.misreadings import HISTORY
+from ..attention.outcomes import Decisions, decisions_of
+from ..attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from .spec import AttentionSpec
 
 Kind = Literal["forward", "backward", "trivial"]
 # The constants of defects that have one, and the share of weights that is dropped unasked.
@@ -28,45 +28,27 @@ _FEATURES = ("window", "chunk", "documents", "may_see", "softcap", "alibi", "sin
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """One way in which a defect computes.
+    """One way in which a defect computes."""
 
-    Attributes:
-        make: Carries it out; raises `NotApplicable` where that cannot be.
-        decided: What it decides, where that is all there is to it.
-    """
-
-    make: Callable[[Case], Outcome]
-    decided: Decisions | None = None
+    make: Callable[[Case], Outcome]  # Carries it out; raises `NotApplicable` where that cannot be
+    decided: Decisions | None = None  # What it decides, where that is all there is to it
 
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """A wrong version of a target.
+    """A wrong version of a target."""
 
-    Attributes:
-        name: The name of the defect.
-        sentence: What it does; it follows the word "attention".
-        kind: Whether it is one of the forward or the backward pass, or a trivial answer.
-        forms: Its forms in a forward pass, the most usual first.
-        changes: Those in a backward pass.
-        remembers: Whether it knows the first call of the same shapes.
-    """
-
-    name: str
-    sentence: str
-    kind: Kind = "forward"
-    forms: tuple[Form, ...] = ()
-    changes: tuple[Change, ...] = ()
-    remembers: bool = False
+    name: str  # The name of the defect
+    sentence: str  # What it does; it follows the word "attention"
+    kind: Kind = "forward"  # Of the forward or the backward pass, or a trivial answer
+    forms: tuple[Form, ...] = ()  # Its forms in a forward pass, the most usual first
+    changes: tuple[Change, ...] = ()  # Those in a backward pass
+    remembers: bool = False  # Whether it knows the first call of the same shapes
 
 
 def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
-    """Yield all versions: of each defect, with its forms, and the trivial answers.
-
-    Args:
-        spec: The target; without gradients, no backward pass is wrong.
-        seed: Seed of what is dropped at random.
-    """
+    """Yield all versions: of each defect, with its forms, and the trivial answers."""
+    # Without gradients, no backward pass is wrong.
     everything: tuple[Defect, ...] = (*DEFECTS, *BACKWARD)
     forward = {one.name for one in DEFECTS}
     forms = [one for one in DEFECTS if _simple(one) in forward]
@@ -77,7 +59,8 @@ def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
         elif not one.backward and one not in forms and _can_act(one.name, spec):
             known = [one, *(form for form in forms if _simple(form) == one.name)]
             own = _special(one.name, seed) or tuple(_planned(c) for d in known for c in d.changes)
-            sentence = one.sentence.replace("{constant:.6g}", str(_constant(one.name)))
+            constant = _TEMPERATURE if one.name == "temperature" else _FACTOR
+            sentence = one.sentence.replace("{constant:.6g}", str(constant))
             sentence = sentence.replace("{constant:.3g}", str(_SHARE))
             yield Version(one.name, sentence, forms=own, remembers=one in HISTORY)
     yield from _TRIVIAL
@@ -123,10 +106,6 @@ def _can_act(name: str, spec: AttentionSpec) -> bool:
     name = name if name.startswith("backward_dropout") else name.removeprefix("backward_")
     about = [one for one in takes if name.startswith(one)]
     return not about or bool(takes[max(about, key=len)])
-
-
-def _constant(name: str) -> float:
-    return _TEMPERATURE if name == "temperature" else _FACTOR
 
 
 def _planned(change: Change) -> Form:

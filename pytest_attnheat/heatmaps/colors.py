@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import Colormap
 
-from pytest_attnheat.heatmaps.layout import Box, Layout
-from pytest_attnheat.heatmaps.maps import Cells, Floats
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
+from .layout import Box, Layout
+from .maps import Cells, Floats
 
 Levels = npt.NDArray[np.uint16]
 Image = npt.NDArray[np.uint8]
@@ -22,14 +22,10 @@ _COLORS = 256
 # Codes beyond the colours of the scale.
 _MASKED, _STRIPE, _NAN, _BLACK, _WHITE, _FRAME, _CLEAR = range(_COLORS, _COLORS + 7)
 _BEYOND = {
-    _MASKED: (232, 232, 232, 255),
-    _STRIPE: (176, 176, 176, 255),
-    _NAN: (0, 160, 255, 255),
-    _BLACK: (0, 0, 0, 255),
-    _WHITE: (255, 255, 255, 255),
-    _FRAME: (96, 96, 96, 255),
+    _MASKED: (232, 232, 232, 255), _STRIPE: (176, 176, 176, 255), _NAN: (0, 160, 255, 255),
+    _BLACK: (0, 0, 0, 255), _WHITE: (255, 255, 255, 255), _FRAME: (96, 96, 96, 255),
     _CLEAR: (255, 255, 255, 0),
-}
+}  # fmt: skip
 # How bright red, green and blue are.
 LUMINANCE = (0.299, 0.587, 0.114)
 # Weights beyond 0..1 by rounding are weights all the same.
@@ -58,10 +54,8 @@ class Scale:
 def shared_scale(
     cells: Cells, smallest: float, vmin: float | None, vmax: float | None, *, tight: bool = False
 ) -> Scale:
-    """Make one range for all panels: 0 to 1 for weights, else that of the values.
-
-    A tight one ends at the largest weight.
-    """
+    """Make one range for all panels: 0 to 1 for weights, else that of the values."""
+    # A tight one ends at the largest weight.
     largest = float(cells.values.max())
     if cells.masked.any() or not np.isfinite(largest):
         shown = np.isfinite(cells.values) & ~cells.masked
@@ -97,11 +91,8 @@ def panel_scales(cells: Cells) -> Scale:
 def paint(
     cells: Cells, scale: Scale, cmap: str | Colormap, layout: Layout, highlight: list[Box]
 ) -> Image:
-    """Paint panels, tick marks' frame, colorbar and highlights on a transparent figure.
-
-    Returns:
-        RGBA (height, width, 4), the first row on top.
-    """
+    """Paint panels, tick marks' frame, colorbar and highlights on a transparent figure."""
+    # RGBA (height, width, 4), the first row on top.
     width, height = layout.size
     canvas = np.full((height, width), _CLEAR, dtype=np.uint16)
     levels = _levels(cells, scale, _count(cmap))
@@ -142,10 +133,8 @@ def is_dark(cmap: str | Colormap, cells: Cells, scale: Scale) -> npt.NDArray[np.
 
 
 def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
-    """Tell which masked cells hold weight all the same.
-
-    Only where weights are shown: scores are usually drawn before they are masked.
-    """
+    """Tell which masked cells hold weight all the same."""
+    # Only where weights are shown: scores are usually drawn before they are masked.
     weights = (scale.low == 0) & (scale.high <= 1)
     if not cells.masked.any() or not weights.any():
         return np.zeros_like(cells.masked)

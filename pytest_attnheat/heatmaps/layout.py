@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
 
 # Sizes in units of the label font size (em).
 LINE = 1.4  # height of a line of text
@@ -66,34 +66,21 @@ class Content:
 
 @dataclass(frozen=True)
 class Layout:
-    """A figure, laid out.
+    """A figure, laid out."""
 
-    Attributes:
-        size: width and height of the figure.
-        em: pixels per em of the label font.
-        block: cells (queries, keys) pooled into one drawn cell.
-        cell: width and height of a drawn cell.
-        panel: width and height of a panel.
-        lefts, tops: the edges of the columns and rows of panels.
-        bar: the colorbar.
-        title, column_titles, xlabel: vertical centre of these lines of text.
-        notes: vertical centre of the first of these lines.
-        ylabel, row_titles: horizontal centre of these columns of text.
-    """
-
-    size: tuple[int, int]
-    em: float
-    block: tuple[int, int]
-    cell: tuple[int, int]
-    panel: tuple[int, int]
-    lefts: tuple[int, ...]
-    tops: tuple[int, ...]
-    bar: Box | None
-    title: float
+    size: tuple[int, int]  # width and height of the figure
+    em: float  # pixels per em of the label font
+    block: tuple[int, int]  # cells (queries, keys) pooled into one drawn cell
+    cell: tuple[int, int]  # width and height of a drawn cell
+    panel: tuple[int, int]  # width and height of a panel
+    lefts: tuple[int, ...]  # the edges of the columns of panels
+    tops: tuple[int, ...]  # and of their rows
+    bar: Box | None  # the colorbar
+    title: float  # vertical centre of this line of text, as of the next two
     column_titles: float
     xlabel: float
-    notes: float
-    ylabel: float
+    notes: float  # vertical centre of the first of these lines
+    ylabel: float  # horizontal centre of this column of text, as of the next
     row_titles: float
 
     @property
@@ -199,21 +186,16 @@ def _place(
     below = top + height + (TICK + PAD + content.key_ticks) * em
     beside = left - (TICK + PAD + content.query_ticks) * em
     return Layout(
-        size=size,
-        em=em,
-        block=block,
-        cell=cell,
-        panel=panel,
+        size=size, em=em, block=block, cell=cell, panel=panel,
         lefts=tuple(left + index * (panel[0] + gaps[0]) for index in range(columns)),
         tops=tuple(top + index * (panel[1] + gaps[1]) for index in range(rows)),
         bar=_bar(em, left + width, top, height) if content.bar else None,
         title=above - (content.column_titles * LINE + content.lift + LINE / 2) * em,
-        column_titles=above - LINE / 2 * em,
-        xlabel=below + LINE / 2 * em,
+        column_titles=above - LINE / 2 * em, xlabel=below + LINE / 2 * em,
         notes=below + (content.xlabel * LINE + SMALL * LINE / 2) * em,
         ylabel=beside - (content.row_titles * LINE + LINE / 2) * em,
         row_titles=beside - LINE / 2 * em,
-    )
+    )  # fmt: skip
 
 
 def _fit(queries: int, keys: int, most: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.inputs import InBoxes, dtype_name, misuse
+from ..attention.chunks import spans
+from ..inputs import InBoxes, dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -74,19 +74,13 @@ def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.f
 
 @dataclass(frozen=True)
 class Cells:
-    """Maps reduced to the cells that a picture can show.
+    """Maps reduced to the cells that a picture can show."""
 
-    Attributes:
-        values: float32 (rows, columns, queries, keys), the largest weight of each block.
-        masked: boolean, the same shape; True where no element of the block may be attended to.
-        block: elements (queries, keys) that one cell stands for; (1, 1) is every weight itself.
-        signed: whether a cell shows what lies farthest from zero in its block, not the largest.
-    """
-
-    values: Floats
-    masked: Bools
+    values: Floats  # float32 (rows, columns, queries, keys), the largest weight of each block
+    masked: Bools  # boolean, the same shape; True where no element of the block may be attended to
+    # elements (queries, keys) that one cell stands for; (1, 1) is every weight itself
     block: tuple[int, int]
-    signed: bool = False
+    signed: bool = False  # whether a cell shows what lies farthest from zero, not the largest
 
 
 def is_tensor(value: object) -> bool:
@@ -246,14 +240,11 @@ def _read_mask(mask: Any, shape: tuple[int, ...], as_tensor: bool) -> Array | No
 
 
 def pool(maps: Maps, block: tuple[int, int], *, signed: bool = False) -> Cells:
-    """Reduce maps by whole blocks to their largest permitted weight, where the data live.
-
-    Signed maps, such as differences, are reduced to what lies farthest from zero instead.
-
-    The last block of a row or column may be smaller. NaN stays visible: a block that holds one
-    is NaN. A block without any permitted weight is masked, and its value is the largest weight
-    that it holds all the same; so is one of nothing but -inf, which is what masked scores hold.
-    """
+    """Reduce maps by whole blocks to their largest permitted weight, where the data live."""
+    # Signed maps, such as differences, are reduced to what lies farthest from zero instead.
+    # The last block of a row or column may be smaller. NaN stays visible: a block that holds one is
+    # NaN. A block without any permitted weight is masked, and its value is the largest weight that
+    # it holds all the same; so is one of nothing but -inf, which is what masked scores hold.
     rows = [
         _pool_row(row, None if maps.mask is None else at(maps.mask, index), block, signed=signed)
         for index, row in enumerate(maps.rows)
@@ -394,10 +385,8 @@ def to_numpy_bool(array: Array) -> Bools:
 
 
 def smallest(maps: Maps, cells: Cells) -> float:
-    """Return the smallest finite permitted weight, which pooling by maxima does not keep.
-
-    Returns infinity where there is none.
-    """
+    """Return the smallest finite permitted weight, which pooling by maxima does not keep."""
+    # Returns infinity where there is none.
     if cells.block == (1, 1):
         low = float(cells.values.min())
         if np.isfinite(low) and not cells.masked.any():

@@ -19,12 +19,12 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox
 
-from pytest_attnheat.heatmaps import colors
-from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
-from pytest_attnheat.heatmaps.maps import Cells, pool_cells
-from pytest_attnheat.heatmaps.survey import Whole
-from pytest_attnheat.heatmaps.writing import BAR_TICKS, Design, Label, Lettering, Pen, round_up
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
+from . import colors
+from .layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
+from .maps import Cells, pool_cells
+from .survey import Whole
+from .writing import BAR_TICKS, Design, Label, Lettering, Pen, round_up
 
 # What tells the image of a picture from others in an SVG.
 IMAGE_ID = "attnheat-panels"
@@ -35,25 +35,16 @@ _LARGER = "a larger one, or None for a size that fits (26 inches at most), or fe
 
 @dataclass(frozen=True)
 class Shown:
-    """Everything that a picture shows, independent of its size.
+    """Everything that a picture shows, independent of its size."""
 
-    Attributes:
-        design: what it consists of.
-        cells: the values.
-        scale: the range of the colours.
-        cmap: the colours.
-        highlight: what is outlined: cells (row, column, query, key), queries (row, column, query).
-        dtype: the dtype that the values were given in, by name.
-        whole: what is known of the maps besides their cells, where these are pooled, or too many
-            for a record; else None.
-    """
-
-    design: Design
-    cells: Cells
-    scale: colors.Scale
-    cmap: str | Colormap
-    highlight: Sequence[tuple[int, ...]]
-    dtype: str
+    design: Design  # what it consists of
+    cells: Cells  # the values
+    scale: colors.Scale  # the range of the colours
+    cmap: str | Colormap  # the colours
+    highlight: Sequence[tuple[int, ...]]  # outlined cells (row, column, query, key), or queries
+    dtype: str  # the dtype that the values were given in, by name
+    # what is known of the maps besides their cells, where these are pooled, or too many for a
+    # record; else None
     whole: Whole | None = None
 
 
@@ -71,11 +62,7 @@ class Sheet:
 
 
 class Picture(Artist):
-    """Panels, colorbar and every text of a heatmap figure.
-
-    Attributes:
-        shown: what it shows, independent of its size.
-    """
+    """Panels, colorbar and every text of a heatmap figure."""
 
     def __init__(self, shown: Shown, host: Figure | SubFigure | Axes) -> None:
         super().__init__()
@@ -103,11 +90,8 @@ class Picture(Artist):
         return self._sheets[size, dpi]
 
     def sheet_for(self, renderer: RendererBase | None) -> tuple[Sheet, Bbox, float]:
-        """Compose the picture for a renderer.
-
-        Returns:
-            The sheet, the box that it is drawn into, and how many pixels each of its own takes.
-        """
+        """Compose the picture for a renderer."""
+        # Returns the box that it is drawn into as well, and how many pixels each of its own takes.
         box, figure = self.get_window_extent(renderer), self._figure
         scalable = renderer is not None and renderer.option_scale_image()
         # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.
@@ -317,19 +301,12 @@ def _write_ticks(
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis of all panels side by side, and the labels along it.
+    """One axis of all panels side by side, and the labels along it."""
 
-    Attributes:
-        edges: where each panel begins.
-        side: pixels along one panel.
-        count: keys or queries of one panel.
-        given: their labels, if the user gave any.
-    """
-
-    edges: tuple[int, ...]
-    side: int
-    count: int
-    given: list[Label] | None
+    edges: tuple[int, ...]  # where each panel begins
+    side: int  # pixels along one panel
+    count: int  # keys or queries of one panel
+    given: list[Label] | None  # their labels, if the user gave any
     lettering: Lettering
 
     def ticks(self, extent: Callable[[Label], float]) -> list[tuple[Label, float]]:

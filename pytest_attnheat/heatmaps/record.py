@@ -27,20 +27,12 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import ft2font
 
-from pytest_attnheat.attention.sketch import (
-    Sketch,
-    from_planes,
-    packed,
-    packed_size,
-    planes,
-    rounded,
-    unpacked,
-)
-from pytest_attnheat.attention.tolerance import drift_tolerance
-from pytest_attnheat.heatmaps.maps import Bools, Cells, Floats, pool_cells
-from pytest_attnheat.heatmaps.picture import Shown
-from pytest_attnheat.heatmaps.writing import LABELS
-from pytest_attnheat.inputs import misuse
+from ..attention.sketch import Sketch, from_planes, packed, packed_size, planes, rounded, unpacked
+from ..attention.tolerance import drift_tolerance
+from ..inputs import misuse
+from .maps import Bools, Cells, Floats, pool_cells
+from .picture import Shown
+from .writing import LABELS
 
 T = TypeVar("T")
 
@@ -108,17 +100,13 @@ def encode(shown: Shown) -> str:
     words, cells, shape = shown.design.words, _few(shown.cells), shown.design.shape
     limits = np.stack([shown.scale.low, shown.scale.high], axis=-1)
     header: dict[str, Any] = {
-        "version": VERSIONS[-1],
-        "cells": list(cells.values.shape),
-        "block": list(cells.block),
-        "shape": list(shape),
-        "dtype": shown.dtype,
+        "version": VERSIONS[-1], "cells": list(cells.values.shape), "block": list(cells.block),
+        "shape": list(shape), "dtype": shown.dtype,
         "labels": {name: getattr(words, name) for name in LABELS},
         "scale": "shared" if shown.scale.shared else "panel",
         "limits": limits[0, 0].tolist() if shown.scale.shared else limits.tolist(),
-        "matplotlib": matplotlib.__version__,
-        "freetype": ft2font.__freetype_version__,
-    }
+        "matplotlib": matplotlib.__version__, "freetype": ft2font.__freetype_version__,
+    }  # fmt: skip
     values, sketch = cells.values, b""
     if shown.whole is not None:
         room = _SPARE * math.prod(values.shape[2:]) >= shape[2] + shape[3]
@@ -184,22 +172,14 @@ def _unpacked(data: bytes, dtype: str) -> Floats:
 
 
 def decode(record: str) -> Heatmaps:
-    """Read a record.
-
-    Raises:
-        ValueError: It is damaged, or of a version that is not known.
-    """
+    """Read a record."""
     return parted(record, VERSIONS, _decode)
 
 
 def parted(
     text: str, versions: Sequence[int], read: Callable[[dict[str, Any], Callable[[int], bytes]], T]
 ) -> T:
-    """Read what `joined` wrote: `read` gets the JSON, and a function that returns so many bytes.
-
-    Raises:
-        ValueError: It is damaged, or of a version that is not known.
-    """
+    """Read what `joined` wrote: `read` gets the JSON, and a function that returns so many bytes."""
     head, _, _ = text[: _LONGEST_HEADER + 1].partition("\n")
     if len(head) > _LONGEST_HEADER:
         raise ValueError("its header is too long")
@@ -248,19 +228,13 @@ def _decode(header: dict[str, Any], unpack: Callable[[int], bytes]) -> Heatmaps:
     if not isinstance(labels, dict):
         raise ValueError("its labels are not named")
     return Heatmaps(
-        values=_unpacked(data[:split], dtype).reshape(cells),
-        masked=masked.reshape(cells),
-        block=(block[0], block[1]),
-        shape=(shape[0], shape[1], shape[2], shape[3]),
-        dtype=dtype,
-        labels=labels,
-        scale=str(header["scale"]),
-        limits=np.broadcast_to(limits, (*cells[:2], 2)),
-        matplotlib=str(header["matplotlib"]),
-        freetype=str(header["freetype"]),
+        values=_unpacked(data[:split], dtype).reshape(cells), masked=masked.reshape(cells),
+        block=(block[0], block[1]), shape=(shape[0], shape[1], shape[2], shape[3]), dtype=dtype,
+        labels=labels, scale=str(header["scale"]), limits=np.broadcast_to(limits, (*cells[:2], 2)),
+        matplotlib=str(header["matplotlib"]), freetype=str(header["freetype"]),
         sketch=unpacked(data[end:], numbers, step, column_sums=column_sums) if step else None,
         masks=_checked_masks(header.get("masks"), cells[:2]),
-    )
+    )  # fmt: skip
 
 
 def _how_sketched(given: Any) -> tuple[float, bool]:
@@ -315,12 +289,7 @@ def read_heatmaps(path: str | Path) -> Heatmaps:
 
 
 def find_record(file: Path) -> str | None:
-    """Return the record in a PNG or SVG file, or None if it has none.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is neither PNG nor SVG, or damaged.
-    """
+    """Return the record in a PNG or SVG file, or None if it has none."""
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):
         raise ValueError("it is not a file, but a folder, a pipe or a device")

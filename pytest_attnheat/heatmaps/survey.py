@@ -13,20 +13,10 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Sketch, Sketcher, exact
-from pytest_attnheat.heatmaps.maps import (
-    HELD,
-    Array,
-    Cells,
-    Maps,
-    at,
-    block_max,
-    is_tensor,
-    smallest,
-    to_numpy_bool,
-)
-from pytest_attnheat.inputs import InBoxes
+from ..attention.chunks import spans
+from ..attention.sketch import Sketch, Sketcher, exact
+from ..inputs import InBoxes
+from .maps import HELD, Array, Cells, Maps, at, block_max, is_tensor, smallest, to_numpy_bool
 
 # So many elements stay in the cache of one core while several things are done with them.
 _CACHED = 9 << 15
@@ -38,17 +28,12 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Whole:
-    """What is known of maps besides the cells that they are pooled to.
+    """What is known of maps besides the cells that they are pooled to."""
 
-    Attributes:
-        sketch: of their weights.
-        masks: a checksum of the mask of each map, by row and column; None without a mask.
-        maps: the maps themselves, not copied, to be asked how they differ from others; None where
-            they are too many to be held as long as the picture is.
-    """
-
-    sketch: Sketch
-    masks: list[list[int]] | None
+    sketch: Sketch  # of their weights
+    masks: list[list[int]] | None  # a checksum for each map, by row and column; None without mask
+    # the maps themselves, not copied, to be asked how they differ from others; None where they are
+    # too many to be held as long as the picture is
     maps: Maps | None = None
 
 
@@ -71,27 +56,18 @@ def _held(maps: Maps) -> Maps | None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over maps finds.
+    """What one pass over maps finds."""
 
-    Attributes:
-        cells: what `pool` returns.
-        signed: what it returns of signed maps.
-        low: the smallest weight; 0 where all are between 0 and 1.
-        whole: what `whole_of` returns.
-    """
-
-    cells: Cells
-    signed: Cells
-    low: float
-    whole: Whole
+    cells: Cells  # what `pool` returns
+    signed: Cells  # what it returns of signed maps
+    low: float  # the smallest weight; 0 where all are between 0 and 1
+    whole: Whole  # what `whole_of` returns
 
 
 def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
-    """Pool and sketch maps in one pass over the memory of the host.
-
-    Returns None for what asks for more care: a mask, another device, values that are not finite;
-    and for blocks of few queries, whose maxima take longer here than in `pool`.
-    """
+    """Pool and sketch maps in one pass over the memory of the host."""
+    # Returns None for what asks for more care: a mask, another device, values that are not finite;
+    # and for blocks of few queries, whose maxima take longer here than in `pool`.
     held = not isinstance(maps.rows[0], InBoxes)
     if maps.mask is not None or (held and block[0] < _SHORTEST):
         return None
@@ -156,11 +132,9 @@ def _read(row: Array, maps: slice, queries: slice, width: int) -> tuple[int, Arr
 
 
 def _ends(part: npt.NDArray[Any], size: int) -> _Ends | None:
-    """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one.
-
-    The second is None where no weight is below zero. Nothing is returned of weights that are not
-    all finite.
-    """
+    """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one."""
+    # The second is None where no weight is below zero. Nothing is returned of weights that are not
+    # all finite.
     if is_tensor(part):  # of softmax, on another device
         high = block_max(tensor := cast("Any", part), -2, size)
         sound = high.isfinite().all() & (tensor.amin() >= 0)

@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
-from pytest_attnheat.heatmaps.layout import (
+from .layout import (
     LARGEST_FONT,
     LINE,
     PAD,
@@ -54,15 +54,10 @@ _RANGE_WIDTH = 6.0
 
 @dataclass(frozen=True)
 class Lettering:
-    """The default font, and how wide it sets a text.
+    """The default font, and how wide it sets a text."""
 
-    Attributes:
-        family: matplotlib's names for it.
-        path: its file.
-    """
-
-    family: tuple[str, ...]
-    path: str
+    family: tuple[str, ...]  # matplotlib's names for it
+    path: str  # its file
 
     @classmethod
     def default(cls) -> Lettering:
@@ -160,34 +155,21 @@ LABELS = tuple(entry.name for entry in fields(Words) if entry.name != "lettering
 
 @dataclass(frozen=True)
 class Design:
-    """What a picture consists of, apart from the values that it shows.
+    """What a picture consists of, apart from the values that it shows."""
 
-    Attributes:
-        shape: (rows, columns, queries, keys) of the maps.
-        words: what is written.
-        colorbar: whether there is one.
-        ranges: whether each panel has its own range written above it.
-        headline: whether a line is left free above all, for what others write there.
-        headings: whether one is left free above each row of panels.
-    """
-
-    shape: tuple[int, int, int, int]
-    words: Words
-    colorbar: bool
-    ranges: bool
-    headline: bool = False
-    headings: bool = False
+    shape: tuple[int, int, int, int]  # (rows, columns, queries, keys) of the maps
+    words: Words  # what is written
+    colorbar: bool  # whether there is one
+    ranges: bool  # whether each panel has its own range written above it
+    headline: bool = False  # whether a line is left free above all, for what others write there
+    headings: bool = False  # whether one is left free above each row of panels
 
     def plan(
         self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: int
     ) -> tuple[Layout, bool]:
-        """Lay out panels of `grid` cells (queries, keys) in a figure of `size` pixels.
-
-        Key labels stand upright where they fit side by side and are turned where they do not.
-
-        Returns:
-            The layout, and whether key labels are turned.
-        """
+        """Lay out panels of `grid` cells (queries, keys) in a figure of `size` pixels."""
+        # Key labels stand upright where they fit side by side and are turned where they do not:
+        # whether they are is returned as well.
         layout = plan(self._content(grid, notes=notes, turned=False), size, dpi)
         if self.words.keys is None:
             return layout, False
@@ -208,10 +190,8 @@ class Design:
     def natural_size(
         self, dpi: float, number_width: float, *, small: bool = False
     ) -> tuple[int, int]:
-        """Return the size in pixels at which cells, labels and numbers have room.
-
-        A small one has room for small panels, and for those labels that fit beside them.
-        """
+        """Return the size in pixels at which cells, labels and numbers have room."""
+        # A small one has room for small panels, and for those labels that fit beside them.
         rows, columns, queries, keys = self.shape
         em = LARGEST_FONT * dpi / 72
         block = math.ceil(max(queries, keys) / _SMALL_PANEL) if small else 1
@@ -243,19 +223,12 @@ class Design:
         if words.queries:
             query_ticks = max(label.width for label in words.queries)
         return Content(
-            grid=(*self.shape[:2], *grid),
-            title=words.title is not None or self.headline,
-            column_titles=words.titles is not None,
-            row_titles=words.row_titles is not None,
-            xlabel=bool(words.xlabel),
-            ylabel=bool(words.ylabel),
-            key_ticks=SMALL * key_ticks,
-            query_ticks=SMALL * query_ticks,
-            bar_ticks=SMALL * BAR_TICKS,
-            bar=self.colorbar,
-            above=LINE * self.headings + SMALL * LINE * self.ranges,
-            notes=notes,
-        )
+            grid=(*self.shape[:2], *grid), title=words.title is not None or self.headline,
+            column_titles=words.titles is not None, row_titles=words.row_titles is not None,
+            xlabel=bool(words.xlabel), ylabel=bool(words.ylabel), key_ticks=SMALL * key_ticks,
+            query_ticks=SMALL * query_ticks, bar_ticks=SMALL * BAR_TICKS, bar=self.colorbar,
+            above=LINE * self.headings + SMALL * LINE * self.ranges, notes=notes,
+        )  # fmt: skip
 
 
 class Pen:
@@ -334,11 +307,8 @@ class Pen:
 
 
 def _drawable(text: str, lettering: Lettering) -> tuple[str, list[str], bool]:
-    """Escape what cannot be drawn.
-
-    Returns the text, the further fonts that it needs, and whether it depends on the fonts
-    installed.
-    """
+    # Returns the text, the further fonts that it needs, and whether it depends on the fonts
+    # installed.
     characters: list[str] = []
     fallbacks: list[str] = []
     foreign = False

@@ -12,23 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_attnheat.inputs import misuse
-from pytest_attnheat.plugin.checking import CheckCall, FailedCheckError, calls_of
-from pytest_attnheat.plugin.settings import CHECKS_MARKER, switched
-from pytest_attnheat.plugin.summary import VERDICT
+from ..inputs import misuse
+from .checking import CheckCall, FailedCheckError, calls_of
+from .settings import CHECKS_MARKER, switched
+from .summary import VERDICT
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.examination import Check
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..contract.examination import Check
+    from ..contract.spec import AttentionSpec
 
 
 def learn_conventions(config: pytest.Config) -> None:
-    """Add the conventions of the project's hooks to the table, until the end of the session.
-
-    Raises:
-        pytest.UsageError: One of them is none, or its name is taken.
-    """
-    from pytest_attnheat.contract import conventions
+    """Add the conventions of the project's hooks to the table, until the end of the session."""
+    from ..contract import conventions
 
     for given in config.hook.pytest_attnheat_conventions(config=config):
         for one in given:
@@ -76,20 +72,17 @@ def parametrize_with_checks(
         ValueError: There are no specifications, or the name of an expected failure is not that
             of a check. One of them cannot be called on ranks, or as long.
     """
-    from pytest_attnheat.contract.ranks import TIME_LIMIT
-    from pytest_attnheat.contract.ready import as_spec
-    from pytest_attnheat.contract.running import checks_of
-    from pytest_attnheat.contract.sharded import on_ranks
+    from ..contract.ranks import TIME_LIMIT
+    from ..contract.ready import as_spec
+    from ..contract.running import checks_of, expected_of
+    from ..contract.sharded import on_ranks
 
     accepted = "a list of one or more specifications or callables"
-    given: Any = (specs, expected_failures)
-    if not isinstance(given[0], Iterable):
+    given: Any = specs
+    if not isinstance(given, Iterable):
         raise TypeError(misuse("specs", type(specs).__name__, accepted))
     if not specs:
         raise ValueError(misuse("specs", repr(specs), accepted))
-    if not isinstance(given[1], Mapping | None):
-        got = type(expected_failures).__name__
-        raise TypeError(misuse("expected_failures", got, "reasons by the names of checks, or None"))
     claimed = _told_apart([as_spec(spec) for spec in specs])
     if ranks is not None:
         for spec in claimed:
@@ -100,12 +93,9 @@ def parametrize_with_checks(
         for check in checks_of(spec, checks, long=long)
         for name in (check.name, f"{spec.name}-{check.name}")
     }
-    unknown = sorted(set(expected_failures or {}) - names)
-    if unknown:
-        accepted = f"names of checks, of {sorted(names)}"
-        raise ValueError(misuse("expected_failures", unknown, accepted))
+    expected = expected_of(expected_failures, names)
     mark: pytest.MarkDecorator = getattr(pytest.mark, CHECKS_MARKER)
-    return mark(claimed, dict(expected_failures or {}), checks, quick, long, ranks)
+    return mark(claimed, expected, checks, quick, long, ranks)
 
 
 def _told_apart(specs: Sequence[AttentionSpec]) -> list[AttentionSpec]:
@@ -170,12 +160,7 @@ class CheckTarget(pytest.Collector):
 
 
 class CheckItem(pytest.Item):
-    """A check of `--attn-check`.
-
-    Attributes:
-        check: What is called.
-        place: The file and line of what is examined.
-    """
+    """A check of `--attn-check`."""
 
     def __init__(self, *, check: CheckCall, place: tuple[str, int], **given: Any) -> None:
         super().__init__(**given)
@@ -227,14 +212,7 @@ def _check_of(item: pytest.Item) -> CheckCall | None:
 
 
 def imported(config: pytest.Config, option: str, target: str) -> list[Any]:
-    """Import what an option names, as package.module:object.
-
-    Returns:
-        The module, and each object on the way to the one that is named last.
-
-    Raises:
-        pytest.UsageError: It cannot be imported, or is not there.
-    """
+    """Import what an option names, as package.module:object: that, and all on the way."""
     module, separator, name = target.partition(":")
     if not (module and separator and name):
         raise pytest.UsageError(f"{option}: got {target!r}; accepted is package.module:object")
@@ -270,7 +248,7 @@ def _how_to_find(config: pytest.Config, package: str) -> str:
 
 def load(config: pytest.Config, target: str) -> list[AttentionSpec]:
     """Import what `--attn-check` names."""
-    from pytest_attnheat.contract.ready import as_spec
+    from ..contract.ready import as_spec
 
     found = imported(config, "--attn-check", target)[-1]
     specs = list(found) if isinstance(found, (list, tuple)) else [found]

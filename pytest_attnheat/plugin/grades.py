@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.grading import Grade
+    from ..contract.grading import Grade
 
 # So many lines of a list, and letters of a line, are shown without -v.
 _MOST_LINES, _LONGEST = 12, 240
@@ -18,21 +18,13 @@ Found = dict[str, Any]
 
 @dataclass
 class Graded:
-    """What is said of a target in the end.
+    """What is said of a target in the end."""
 
-    Attributes:
-        target: How it was named.
-        grade: Its grade, None where there is an error.
-        error: Why nothing was graded.
-        notes: What was done, and what was not, by title.
-        found: What workers found, as plain data.
-    """
-
-    target: str
-    grade: Grade | None = None
-    error: str = ""
-    notes: list[tuple[str, str]] = field(default_factory=list)
-    found: Found = field(default_factory=dict)
+    target: str  # How it was named
+    grade: Grade | None = None  # Its grade, None where there is an error
+    error: str = ""  # Why nothing was graded
+    notes: list[tuple[str, str]] = field(default_factory=list)  # What was done, by title
+    found: Found = field(default_factory=dict)  # What workers found, as plain data
 
     def fails(self, least: float) -> str:
         """Say why a run fails by it; empty if it does not."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.inputs import dtype_names, meant, misuse
+from ..inputs import dtype_names, meant, misuse
 
 # What a baseline may be.
 SUFFIXES = (".png", ".svg")
@@ -24,19 +24,12 @@ _FURTHER_SUFFIX = re.compile(r"\.(png|svg|pdf|eps)", re.IGNORECASE)
 
 
 class Expected(NamedTuple):
-    """Where the baseline of a test lies, and how closely the picture must agree with it.
+    """Where the baseline of a test lies, and how closely the picture must agree with it."""
 
-    Attributes:
-        path: the image file.
-        tolerance: of the data, relative; None for that of the dtype.
-        precision: other dtypes, by name, that it serves.
-        share: whether several tests may have it.
-    """
-
-    path: Path
-    tolerance: float | None
-    precision: tuple[str, ...] = ()
-    share: bool = False
+    path: Path  # the image file
+    tolerance: float | None  # of the data, relative; None for that of the dtype
+    precision: tuple[str, ...] = ()  # other dtypes, by name, that it serves
+    share: bool = False  # whether several tests may have it
 
 
 def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:

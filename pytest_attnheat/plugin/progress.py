@@ -36,10 +36,8 @@ class LiveProgress(logging.Handler):
 
 
 def show_progress(config: pytest.Config) -> None:
-    """Show how far long work is, until the end of the session.
-
-    Not where pytest shows its log itself; nor in a worker of pytest-xdist, which has no terminal.
-    """
+    """Show how far long work is, until the end of the session."""
+    # Not where pytest shows its log itself; nor in a worker of pytest-xdist, which has no terminal.
     shows_log = config.pluginmanager.hasplugin("logging") and (
         config.getoption("log_cli_level", None) is not None or config.getini("log_cli")
     )

@@ -1,25 +1,28 @@
-"""What `--attn-grade` names, and another version in its place wherever it was imported."""
+"""What `--attn-grade` names, another version in its place, and tests that run again with it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.inputs import misuse
-from pytest_attnheat.plugin.examination import imported
+from ..callables import borrowed, seed_everything
+from ..inputs import misuse
+from .examination import imported
+from .settings import GRADING
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..contract.spec import AttentionSpec
 
 _OURS = "pytest_attnheat"
 _ACCEPTED = "a function, a method, a module, or an AttentionSpec of a function or a module"
@@ -74,31 +77,18 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Target:
-    """What is graded.
+    """What is graded."""
 
-    Attributes:
-        text: How it was named.
-        right: What is graded, or its specification; a method, without the object.
-        stand_in: What is put in its place.
-        place: The object and the attribute that are set; None where all modules are searched.
-        wrap: What an attribute of a class is wrapped in.
-        inside: Whether its attention is looked for inside, see `contract.grading.Study`.
-    """
-
-    text: str
-    right: AttentionSpec | Callable[..., Any]
-    stand_in: StandIn
-    place: tuple[Any, str] | None = None
-    wrap: Callable[[Any], Any] | None = None
-    inside: bool | None = None
+    text: str  # How it was named
+    right: AttentionSpec | Callable[..., Any]  # What is graded, without the object of a method
+    stand_in: StandIn  # What is put in its place
+    place: tuple[Any, str] | None = None  # What is set; None where all modules are searched
+    wrap: Callable[[Any], Any] | None = None  # What an attribute of a class is wrapped in
+    inside: bool | None = None  # Whether its attention is inside, see `grading.Study`
 
     @contextmanager
     def replaced(self, items: Sequence[pytest.Item]) -> Iterator[list[str]]:
-        """Put the stand-in in its place; yield where that is.
-
-        Args:
-            items: Tests, whose modules and parameters may hold the target.
-        """
+        """Put the stand-in in its place, in modules and parameters; yield where that is."""
         original, function = self.stand_in.original, self.stand_in.function
         if self.place is None:
             try:
@@ -130,14 +120,10 @@ class Target:
 
 
 def find_target(config: pytest.Config, text: str) -> Target:
-    """Import what `--attn-grade` names.
-
-    Raises:
-        pytest.UsageError: It cannot be imported, or nothing of it can be replaced.
-    """
+    """Import what `--attn-grade` names."""
     from torch import nn
 
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..contract.spec import AttentionSpec
 
     *_, owner, found = imported(config, "--attn-grade", text)
     name = text.rpartition(":")[2].rpartition(".")[2]
@@ -236,3 +222,133 @@ def _kept(value: object, original: object) -> Iterator[str]:
             with suppress(ValueError):  # it is empty
                 if cell.cell_contents is original:
                     yield "a closure"
+
+
+class Outcome(NamedTuple):
+    """What became of a test."""
+
+    status: str  # "passed", "failed", or "skipped": also what was expected to fail
+    said: str = ""  # Why, in one line
+
+
+class _Quiet:
+    """Hooks of pytest: those that tell of tests reach a list alone, all others what they did."""
+
+    def __init__(self, hooks: Any, reports: list[Any]) -> None:
+        self._hooks, self._reports = hooks, reports
+        self.pytest_warning_recorded = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hooks, name)
+
+    def call_historic(self, **given: Any) -> None:
+        """Tell nobody of a warning."""
+
+    def pytest_runtest_logstart(self, **given: Any) -> None:
+        """Tell nobody that a test begins."""
+
+    def pytest_runtest_logfinish(self, **given: Any) -> None:
+        """Tell nobody that it ended."""
+
+    def pytest_exception_interact(self, **given: Any) -> None:
+        """Let no debugger open."""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self._reports.append(report)
+
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+        """After a failure, undo the fixtures that other tests share as well."""
+        failed = any(report.failed for report in self._reports)
+        return self._hooks.pytest_runtest_teardown(item=item, nextitem=None if failed else nextitem)
+
+
+@contextmanager
+def quiet(session: pytest.Session) -> Iterator[None]:
+    """Let the files of this run be as they are, whatever tests do that run again."""
+    # Pictures of what fails go to a folder that is deleted.
+    config = session.config
+    config.stash[GRADING] = True
+    kept = config.option.attn_artifacts
+    # With a seed of its own Hypothesis keeps no examples, and draws the same ones again.
+    hypothesis: Any = sys.modules.get("hypothesis.core")
+    seed = getattr(hypothesis, "global_force_seed", None)
+    with tempfile.TemporaryDirectory() as folder:
+        config.option.attn_artifacts = folder
+        try:
+            if hypothesis is not None and seed is None:
+                hypothesis.global_force_seed = 0
+            yield
+        finally:
+            if hypothesis is not None:
+                hypothesis.global_force_seed = seed
+            config.option.attn_artifacts = kept
+            config.stash[GRADING] = False
+
+
+def outcomes(
+    session: pytest.Session, items: Sequence[pytest.Item], seed: int
+) -> Iterator[tuple[pytest.Item, Outcome]]:
+    """Run tests again, up to where the caller stops, and yield what becomes of each."""
+    # Fixtures are set up anew; tests share those of a wider scope until one fails.
+    done = False
+    last: pytest.Item | None = None
+    try:
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            last = item
+            outcome = _outcome(_reports(session, item, following, seed))
+            done = following is None or outcome.status == "failed"
+            yield item, outcome
+    finally:
+        if not done and last is not None:  # an exception, or a caller that stopped
+            tear_down(last)
+
+
+def _reports(
+    session: pytest.Session, item: pytest.Item, following: pytest.Item | None, seed: int
+) -> list[Any]:
+    found: list[Any] = []
+    hooks = session.gethookproxy
+    session.gethookproxy = lambda fspath: _Quiet(hooks(fspath), found)  # type: ignore[method-assign, assignment, return-value]
+    _forget_object(item)
+    try:
+        with borrowed(None, seed=seed):
+            seed_everything(seed)
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+    finally:
+        del session.gethookproxy
+    if any(report.failed and report.when == "teardown" for report in found):
+        tear_down(item)
+    return found
+
+
+def _forget_object(item: pytest.Item) -> None:
+    """Let a method have an object of its class of its own, as each test has."""
+    if getattr(item, "cls", None) is not None and vars(item).get("_instance") is not None:
+        for name in ("_instance", "_obj"):
+            vars(item).pop(name, None)
+
+
+def tear_down(item: pytest.Item) -> None:
+    """Undo all fixtures, where a test was left in the midst of them."""
+    runner: Any = item.config.pluginmanager.get_plugin("runner")
+    with suppress(Exception, pytest.exit.Exception):
+        runner.pytest_runtest_teardown(item=item, nextitem=None)
+
+
+def _outcome(reports: Sequence[Any]) -> Outcome:
+    failed = next((report for report in reports if report.failed), None)
+    if failed is not None:
+        return Outcome("failed", _said(failed))
+    skipped = next((report for report in reports if report.skipped), None)
+    if skipped is not None:
+        expected = hasattr(skipped, "wasxfail")
+        return Outcome("skipped", "it is expected to fail" if expected else _said(skipped))
+    return Outcome("passed")
+
+
+def _said(report: Any) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = str(report.longrepr if crash is None else crash.message).strip()
+    return text.split("\n")[0] if crash is not None else text.split("\n")[-1]

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import pytest
 
-from pytest_attnheat.attention import devices
-from pytest_attnheat.inputs import DTYPE_NAMES, misuse, one_of
+from ..attention import devices
+from ..inputs import DTYPE_NAMES, misuse, one_of
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_attnheat.attention.scoring import ScoringFactory
-    from pytest_attnheat.contract.conventions import Convention
+    from ..attention.scoring import ScoringFactory
+    from ..contract.conventions import Convention
 
 _DEVICES = f"auto, all, or a comma-separated list of {devices.ACCEPTED}"
 _DTYPES = f"a comma-separated list of {', '.join(DTYPE_NAMES)}"
@@ -59,31 +59,18 @@ _Setting = TypeVar("_Setting")
 
 
 class Settings(NamedTuple):
-    """The options of one run.
+    """The options of one run."""
 
-    Attributes:
-        devices: Device names, or `("auto",)` or `("all",)`.
-        dtypes: Dtype names.
-        seed: The seed where the marker gives none.
-        require_device: Whether an absent device fails a test instead of skipping it.
-        time_limit: How long one call of an isolated implementation may take, in seconds.
-        grade: The implementations by whose wrong versions tests are graded, as they are named.
-        grade_min: The part of active defects that tests must find.
-        grade_defects: The defects that are planted, by name; None for all.
-        update: Which baselines are written; empty for none.
-        json: Where what was found is written; empty for nowhere.
-    """
-
-    devices: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    seed: int
-    require_device: bool
-    time_limit: float
-    grade: tuple[str, ...]
-    grade_min: float
-    grade_defects: tuple[str, ...] | None
-    update: str
-    json: str
+    devices: tuple[str, ...]  # Device names, or `("auto",)` or `("all",)`
+    dtypes: tuple[str, ...]  # Dtype names
+    seed: int  # The seed where the marker gives none
+    require_device: bool  # Whether an absent device fails a test instead of skipping it
+    time_limit: float  # How long one call of an isolated implementation may take, in seconds
+    grade: tuple[str, ...]  # The implementations to be graded with, as they are named
+    grade_min: float  # The part of active defects that tests must find
+    grade_defects: tuple[str, ...] | None  # The defects that are planted, by name; None for all
+    update: str  # Which baselines are written; empty for none
+    json: str  # Where what was found is written; empty for nowhere
 
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -104,23 +91,17 @@ def add_options(parser: pytest.Parser) -> None:
         parser.addini(name, text, default=default)
 
     option_and_ini(
-        "attn_device",
-        "auto",
-        "DEVICES",
+        "attn_device", "auto", "DEVICES",
         "devices to run attention tests on",
         f": {_DEVICES}. auto: the CPU and the accelerator present; all: the CPU and every GPU. "
         "Under xdist, plain cuda is shared out by worker",
-    )
+    )  # fmt: skip
 
     def switch(name: str, text: str) -> None:
         option = "--" + name.replace("_", "-")
         # None tells that it is not given.
-        group.addoption(
-            option,
-            action="store_true",
-            default=None,
-            help=f"{text}. Default: the ini setting {name}, or no",
-        )
+        help_text = f"{text}. Default: the ini setting {name}, or no"
+        group.addoption(option, action="store_true", default=None, help=help_text)
         parser.addini(name, text, type="bool", default=False)
 
     switch(
@@ -161,55 +142,40 @@ def add_options(parser: pytest.Parser) -> None:
         "it is a failure. What is compiled is isolated anyway, where it can be",
     )
     option_and_ini(
-        "attn_time_limit",
-        "120",
-        "SECONDS",
+        "attn_time_limit", "120", "SECONDS",
         "how long one call of an isolated implementation may take; and, beside 20 times what the "
         "right one takes, the tests of a wrong version of --attn-grade",
-    )
+    )  # fmt: skip
     option_and_ini(
-        "attn_grade",
-        NO_TARGET,
-        "TARGETS",
+        "attn_grade", NO_TARGET, "TARGETS",
         "grade the tests by the defects that they let through: run them again with wrong versions "
         "of an implementation in its place",
         f": functions, methods or modules as package.module:object, separated by commas; {MARKED}: "
         f"those that markers {GRADE_MARKER} name",
-    )
+    )  # fmt: skip
     option_and_ini(
-        "attn_grade_min",
-        "0",
-        "PART",
-        "fail a run whose tests find a smaller part of the active defects",
-        ", from 0 to 1",
-    )
+        "attn_grade_min", "0", "PART",
+        "fail a run whose tests find a smaller part of the active defects", ", from 0 to 1",
+    )  # fmt: skip
     option_and_ini(
-        "attn_grade_defects",
-        "",
-        "NAMES",
+        "attn_grade_defects", "", "NAMES",
         "plant these defects of the catalogue alone, by name, separated by commas",
-    )
+    )  # fmt: skip
     option_and_ini(
-        "attn_json",
-        "",
-        "FILE",
+        "attn_json", "", "FILE",
         "write what the examination and --attn-grade found as JSON, for programs",
-    )
+    )  # fmt: skip
     option_and_ini(
-        "attn_update",
-        "",
-        "|".join(_UPDATES),
+        "attn_update", "", "|".join(_UPDATES),
         "write baselines of heatmap_compare tests. missing: those there are none of; "
         "changed: also those whose data or panels changed; all: also those whose text another "
         "matplotlib drew. Files that would stay as they are are not touched",
-    )
+    )  # fmt: skip
     switch("attn_unused", "list baselines that no collected test uses. Nothing is deleted")
     option_and_ini(
-        "attn_artifacts",
-        "attn-artifacts",
-        "FOLDER",
+        "attn_artifacts", "attn-artifacts", "FOLDER",
         "where failed comparisons leave their pictures",
-    )
+    )  # fmt: skip
 
 
 def read_settings(config: pytest.Config) -> Settings:
@@ -338,12 +304,7 @@ def _read_seconds(text: str, source: str) -> float:
 
 
 def chosen_devices(config: pytest.Config, marked: object = None) -> list[str]:
-    """Name the devices that are chosen, here or not; a usage error if torch knows one of none.
-
-    Args:
-        config: The configuration of the run.
-        marked: What the marker of a test chooses in their place: a name, or several.
-    """
+    """Name the devices that are chosen, or `marked`; a usage error if torch knows none such."""
     chosen, source = config.stash[SETTINGS].devices, "attn_device"
     try:
         if marked is not None:

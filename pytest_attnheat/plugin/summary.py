@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.plugin.naming import SUFFIXES, TRACE_SUFFIX
-from pytest_attnheat.plugin.settings import switched
+from .naming import SUFFIXES, TRACE_SUFFIX
+from .settings import switched
 
 # What a report carries its comparisons and its verdict as, and a worker the baselines it uses.
 COMPARED = "attnheat_compared"
@@ -30,23 +30,14 @@ Found = Mapping[str, Any]
 
 
 class Outcome(NamedTuple):
-    """One comparison, in plain words that a worker can send.
+    """One comparison, in plain words that a worker can send."""
 
-    Attributes:
-        baseline: its path, as shown.
-        status: that of the verdict, or "written".
-        compared: "data", "sketch", "pixels".
-        drawn_by: the matplotlib of the baseline.
-        reason: one line.
-        pictures: files left behind, by name.
-    """
-
-    baseline: str
-    status: str
-    compared: tuple[str, ...]
-    drawn_by: str = ""
-    reason: str = ""
-    pictures: tuple[tuple[str, str], ...] = ()
+    baseline: str  # its path, as shown
+    status: str  # that of the verdict, or "written"
+    compared: tuple[str, ...]  # "data", "sketch", "pixels"
+    drawn_by: str = ""  # the matplotlib of the baseline
+    reason: str = ""  # one line
+    pictures: tuple[tuple[str, str], ...] = ()  # files left behind, by name
 
 
 # The comparisons of a test, and the baselines that collected tests use: paths, or how they begin
@@ -191,10 +182,8 @@ def _unused(config: pytest.Config) -> Iterator[str]:
 
 
 def shorten(reports: Sequence[pytest.TestReport]) -> None:
-    """Of a check that failed alike in several dtypes, print the first failure in full alone.
-
-    What JUnit writes was taken from each report before, as it was.
-    """
+    """Of a check that failed alike in several dtypes, print the first failure in full alone."""
+    # What JUnit writes was taken from each report before, as it was.
     places: dict[tuple[str, ...], str] = {}
     for report in reports:
         verdict = verdict_of(report)
@@ -233,10 +222,8 @@ def verdict_of(report: pytest.TestReport) -> Found | None:
 
 
 def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
-    """Yield what the examination found, once for each subject that failed or has a note or a hint.
-
-    What failed comes last, where a log is read from; else in an order that workers do not change.
-    """
+    """Yield what the examination found, once for each subject that failed or has a note or hint."""
+    # What failed comes last, where a log is read from; else in an order that workers do not change.
     subjects = _subjects(reports)
 
     def place(subject: tuple[str, str]) -> tuple[bool, str, str]:
@@ -264,11 +251,9 @@ def _subjects(reports: Sequence[pytest.TestReport]) -> dict[tuple[str, str], lis
 
 
 def _unasked(subjects: Mapping[tuple[str, str], Sequence[Found]]) -> list[str]:
-    """The subjects of which nothing was asked, though the run was to ask all.
-
-    Not where a check was deselected or not reached, nor where all of them were left out unasked:
-    their device is absent, or not selected.
-    """
+    """The subjects of which nothing was asked, though the run was to ask all."""
+    # Not where a check was deselected or not reached, nor where all of them were left out unasked:
+    # their device is absent, or not selected.
     return [
         name
         for (name, _), found in sorted(subjects.items(), key=lambda one: one[0])
@@ -287,7 +272,9 @@ def fail_if_unasked(session: pytest.Session) -> None:
 
 
 def _skipped(found: Sequence[Found]) -> Iterator[str]:
-    """Yield how many checks were skipped, and how many of these for want of a declaration."""
+    """Yield what was not asked, and how many checks were skipped, for want of a declaration too."""
+    for left_out in _unique(found, "left_out"):
+        yield f"not asked in the quick form: {left_out}"
     reasons = [one for one in found if one["outcome"] == "skipped"]
     if not reasons:
         return
@@ -379,7 +366,7 @@ class JsonFile:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the file, whole or not at all."""
-        from pytest_attnheat.contract.running import VERSION
+        from ..contract.running import VERSION
 
         subjects = [_subject(where, found) for (where, _), found in sorted(self._subjects.items())]
         data = {"version": VERSION, "subjects": subjects}
@@ -394,11 +381,12 @@ class JsonFile:
 
 def _subject(where: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     """What `Report.as_dict` says of one subject, and where it was examined."""
-    from pytest_attnheat.contract.running import report_data
+    from ..contract.running import report_data
 
     diagnosed = [verdict["diagnosed"] for verdict in found if "diagnosed" in verdict]
     hints = list(dict.fromkeys(hint for verdict in found for hint in verdict["hints"]))
     found = sorted(found, key=lambda verdict: verdict["number"])  # workers end in any order
     results = [verdict["result"] | {"status": verdict["outcome"]} for verdict in found]
-    data = report_data(found[0]["spec"], results, next(iter(diagnosed), None), hints, 0)
+    diagnosis = next(iter(diagnosed), None)
+    data = report_data(found[0]["spec"], results, diagnosis, hints, 0, found[0]["left_out"])
     return {"where": where, **data}

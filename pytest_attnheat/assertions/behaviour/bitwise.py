@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.failure import Checked, Failure, Place, number_text
-from pytest_attnheat.inputs import dtype_name
+from ...attention.chunks import index_of
+from ...failure import Checked, Failure, Place, number_text
+from ...inputs import dtype_name
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OTHER_ORDER = (
@@ -30,11 +30,8 @@ def differing_bits(a: Tensor, b: Tensor) -> Tensor:
 
 
 def units_apart(a: Tensor, b: Tensor) -> Tensor:
-    """Return how many units in the last place two tensors of one float dtype are apart.
-
-    Returns:
-        The same shape, in float64. Between NaN and a number there are inf, between NaN and NaN 0.
-    """
+    """Return how many units in the last place two tensors are apart, of their shape, in float64."""
+    # Between NaN and a number there are inf, between NaN and NaN 0.
     (size_a, below_a), (size_b, below_b) = _magnitude(a), _magnitude(b)
     # Through zero both sizes count; together they may be more than int64 holds.
     through = size_a.double() + size_b.double()
@@ -60,36 +57,20 @@ def _is_nan(tensor: Tensor) -> Tensor:
 
 def check_bits(
     assertion: str,
-    got: Tensor,
-    expected: Tensor,
+    got: Tensor,  # (..., length, width)
+    expected: Tensor,  # The same shape and dtype
     *,
-    claim: Callable[[Tensor], str],
-    change: Tensor,
-    allowed: float,
-    judged: Tensor,
-    place: Callable[[tuple[int, ...]], str],
-    cause: Callable[[Tensor], str | None] | None,
-    cause_of_bits: Callable[[Tensor], str | None] | None,
-    repeat: str | None,
-    again: Callable[[], object] | None,
+    claim: Callable[[Tensor], str],  # What broken rows do, from the changes
+    change: Tensor,  # By what part of its size each row is off, (..., length)
+    allowed: float,  # How much of that is ordinary rounding
+    judged: Tensor,  # Which rows are judged, boolean (..., length)
+    place: Callable[[tuple[int, ...]], str],  # Names a row by its index
+    cause: Callable[[Tensor], str | None] | None,  # Looks at changes beyond rounding for a cause
+    cause_of_bits: Callable[[Tensor], str | None] | None,  # Looks at which rows differ, by rounding
+    repeat: str | None,  # What it takes to see the same again
+    again: Callable[[], object] | None,  # Makes the call once more that gave `got`
 ) -> None:
-    """Raise a Failure if any element of a judged row has other bits than expected.
-
-    Args:
-        assertion: Its name.
-        got: (..., length, width)
-        expected: The same shape and dtype.
-        claim: What broken rows do, from the changes.
-        change: By what part of its size each row is off, (..., length).
-        allowed: How much of that is ordinary rounding.
-        judged: Which rows are judged, boolean (..., length).
-        place: Names a row by its index.
-        cause: Looks at changes that are more than rounding for a likely cause.
-        cause_of_bits: Looks at which rows differ, boolean (..., length), where it is rounding
-            alone.
-        repeat: What it takes to see the same again.
-        again: Makes the call once more that gave `got`.
-    """
+    """Raise a Failure if any element of a judged row has other bits than expected."""
     __tracebackhide__ = True
     dtypes = dtype_name(got), dtype_name(expected)
     if dtypes[0] != dtypes[1]:
@@ -133,15 +114,8 @@ def check_bits(
 
     limit = f" ({dtypes[0]}; none allowed; ordinary rounding is {allowed:.1e} of a row)"
     raise Failure(
-        assertion,
-        f"elements are not bitwise the same, {verdict}: {claim(off)}",
-        broken=broken,
-        of=int(judged.sum()) * got.shape[-1],
-        worst=placed(worst, limit),
-        first=None if first == worst else placed(first),
-        cause=found,
-        tensor=Checked.of(got),
-        tolerance=0.0,
-        repeat=repeat,
-        again=again,
-    )
+        assertion, f"elements are not bitwise the same, {verdict}: {claim(off)}", broken=broken,
+        of=int(judged.sum()) * got.shape[-1], worst=placed(worst, limit),
+        first=None if first == worst else placed(first), cause=found, tensor=Checked.of(got),
+        tolerance=0.0, repeat=repeat, again=again,
+    )  # fmt: skip

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, wrong_shape
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subject import (
-    check_relative,
-    coarsest,
-    for_each_query_head,
-    output_place,
-    settled,
-)
-from pytest_attnheat.attention.chunks import index_of, query_chunks
-from pytest_attnheat.attention.tolerance import row_rounding
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse
+from ...attention.chunks import index_of, query_chunks
+from ...attention.tolerance import row_rounding
+from ...callables import borrowed
+from ...failure import Checked, Failure, Place
+from ...inputs import misuse
+from .functions import AttentionFunction, wrong_shape
+from .reading import as_function
+from .sequences import SequenceModel
+from .subject import check_relative, coarsest, for_each_query_head, output_place, settled
 
 _NAME = "assert_convex"
 
@@ -116,24 +110,13 @@ def _allowed(tolerance: object, dtype: torch.dtype, key_len: int) -> float:
 
 @dataclass(frozen=True)
 class _Probe:
-    """What the outputs of one function are held against.
+    """What the outputs of one function are held against."""
 
-    Attributes:
-        subject: The function and its inputs.
-        allowed: By what part of the largest visible value an output may be out of range.
-    """
-
-    subject: AttentionFunction
-    allowed: float
+    subject: AttentionFunction  # The function and its inputs
+    allowed: float  # By what part of the largest visible value an output may be out of range
 
     def check(self, value: Tensor, output: Tensor, *, with_values: str) -> None:
-        """Raise a Failure if some output is out of the range of these values.
-
-        Args:
-            value: (..., key_len, value_dim)
-            output: (..., query_len, value_dim), what the function made of them.
-            with_values: What these values are, for the message.
-        """
+        """Raise a Failure if some output is out of the range of these values."""
         __tracebackhide__ = True
         if output.shape[-1] != value.shape[-1]:
             raise ValueError(wrong_shape(output, (*output.shape[:-1], value.shape[-1])))
@@ -158,14 +141,11 @@ class _Probe:
         raise Failure(
             _NAME,
             f"outputs{with_values} lie outside the range of the values that their query may see",
-            broken=wrong,
-            of=counted,
-            worst=self._place(worst, output, low, high),
+            broken=wrong, of=counted, worst=self._place(worst, output, low, high),
             first=None if first == worst else self._place(first, output, low, high),
-            cause=self._cause(output, worst, judged.any(-1)),
-            tensor=Checked.of(output),
+            cause=self._cause(output, worst, judged.any(-1)), tensor=Checked.of(output),
             tolerance=self.allowed,
-        )
+        )  # fmt: skip
 
     def _place(self, index: tuple[int, ...], output: Tensor, low: Tensor, high: Tensor) -> Place:
         """Say where an output is, and where it might be."""
@@ -223,16 +203,9 @@ def _excess(output: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def visible_range(subject: AttentionFunction, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest value that each query may see, channel by channel.
-
-    Args:
-        subject: An attention function with its inputs and masks.
-        value: (..., key_len, value_dim), with as many heads as its key.
-
-    Returns:
-        Twice float64 (..., query_len, value_dim), or (..., 1, value_dim) where all queries see
-        the same keys. A query that sees none has the range from inf to -inf.
-    """
+    """Return the smallest and the largest value that each query may see, channel by channel."""
+    # Of values (..., key_len, value_dim), twice float64 (..., query_len, value_dim), or (..., 1,
+    # value_dim) where all queries see the same keys. A query that sees none has from inf to -inf.
     value = for_each_query_head(value, subject.group, dim=-3)
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     call = subject.call
@@ -248,12 +221,7 @@ def visible_range(subject: AttentionFunction, value: Tensor) -> tuple[Tensor, Te
 
 
 def _range_behind_mask(value: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """The range of visible values, a few queries at a time.
-
-    Args:
-        value: (..., key_len, value_dim)
-        seen: Boolean (..., query_len, key_len).
-    """
+    """The range of values that are `seen`, (..., query_len, key_len), a few queries at a time."""
     low, high = [], []
     for chunk in query_chunks(seen.shape[-2], 2 * value.numel() * value.element_size()):
         hidden = ~seen[..., chunk, :].unsqueeze(-1)

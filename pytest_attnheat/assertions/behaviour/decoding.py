@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.model_decoding import (
+from ...attention.reference import causal_mask
+from ...attention.scoring import broadcast
+from ...attention.vocabulary import ALIGNMENTS, Alignment
+from ...callables import borrowed
+from ...inputs import misuse, one_of, positive
+from .functions import MASK, AttentionFunction, permitted
+from .model_decoding import (
     MOST_SINGLE_TOKENS,
     Decoder,
     Evidence,
@@ -22,21 +27,9 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     name_tokens,
     tokens_off,
 )
-from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
-from pytest_attnheat.assertions.behaviour.sequences import with_causal
-from pytest_attnheat.assertions.behaviour.subject import (
-    Compared,
-    as_described,
-    check_count,
-    check_each,
-    check_relative,
-    settled,
-)
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.scoring import broadcast
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import misuse, one_of, positive
+from .reading import as_function, as_sequence, refuse_memory
+from .sequences import with_causal
+from .subject import Compared, as_described, check_count, check_each, check_relative, settled
 
 _NAME = "assert_decode_matches_prefill"
 # More sizes of chunks than this say nothing to a reader.
@@ -229,12 +222,7 @@ def _in_chunks(sizes: Sequence[int]) -> str:
 
 
 def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -> _FunctionDecoder:
-    """Return how an attention function is called in chunks.
-
-    Args:
-        subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
-        alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
-    """
+    """Return how a function is called in chunks; `"bottom_right"`: maybe by `is_causal=True`."""
     if alignment is not None:
         one_of("alignment", alignment, ALIGNMENTS)
     given = subject.mask
@@ -279,16 +267,11 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
 
 @dataclass(frozen=True)
 class _FunctionDecoder(Decoder):
-    """An attention function that is given some queries, and the keys up to the last of them.
-
-    Attributes:
-        mask: Who may see what, spelled out, (..., query_len, key_len).
-        own_causal: Whether chunks are called with `is_causal=True`.
-    """
+    """An attention function that is given some queries, and the keys up to the last of them."""
 
     subject: AttentionFunction
-    mask: Tensor
-    own_causal: bool
+    mask: Tensor  # Who may see what, spelled out, (..., query_len, key_len)
+    own_causal: bool  # Whether chunks are called with `is_causal=True`
 
     def part(self, step: range) -> AttentionFunction:
         """The function with the queries of a chunk, all keys up to it, and its masks."""
@@ -302,12 +285,9 @@ class _FunctionDecoder(Decoder):
             masks = {}
         kept = {k: v for k, v in function.arguments.items() if k not in (MASK, "is_causal")}
         return replace(
-            function,
-            query=function.query[..., rows, :],
-            key=function.key[..., :last, :],
-            value=function.value[..., :last, :],
-            arguments={**kept, **masks},
-        )
+            function, query=function.query[..., rows, :], key=function.key[..., :last, :],
+            value=function.value[..., :last, :], arguments={**kept, **masks},
+        )  # fmt: skip
 
     @cached_property
     def _sees_all_before(self) -> list[bool]:

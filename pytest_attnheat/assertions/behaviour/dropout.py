@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.reading import part_of
-from pytest_attnheat.assertions.behaviour.subject import check_rows
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import is_fine, output_tolerance
-from pytest_attnheat.callables import seed_all
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse
+from ...attention.chunks import index_of
+from ...attention.tolerance import is_fine, output_tolerance
+from ...callables import seed_all
+from ...failure import Checked, Failure, Place
+from ...inputs import misuse
+from .functions import AttentionFunction
+from .reading import part_of
+from .subject import check_rows
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6
@@ -32,15 +32,7 @@ _ALONG = {-1: "keys", -2: "queries", -3: "heads", -4: "batch entries"}
 def check_dropout_of_weights(
     assertion: str, function: AttentionFunction, share: float, *, runs: int, seed: int
 ) -> None:
-    """Check the weights of an attention function that is called with `dropout_p`.
-
-    Args:
-        assertion: Its name.
-        function: The function and its inputs; the value is not used.
-        share: The probability that a weight is dropped.
-        runs: How many calls are made at most to count dropped weights.
-        seed: Where the random numbers start.
-    """
+    """Check the weights of a function that is called with `dropout_p`, in at most so many runs."""
     __tracebackhide__ = True
     function = part_of(function, _MOST_WEIGHTS)
     key_len = function.key.shape[-2]
@@ -62,23 +54,17 @@ def check_dropout_of_weights(
         allowed=output_tolerance(weights.dtype),
     )
     check_rows(
-        assertion,
-        run(identity, share, seeded=True),
-        run(identity, share, seeded=True),
+        assertion, run(identity, share, seeded=True), run(identity, share, seeded=True),
         claim=f"rows of weights with dropout_p={share:g} are not repeated by torch.manual_seed",
-        allowed=output_tolerance(weights.dtype, strict=True),
-        repeat=f"seed={seed}",
-    )
+        allowed=output_tolerance(weights.dtype, strict=True), repeat=f"seed={seed}",
+    )  # fmt: skip
     twice = run(torch.cat([identity, identity], -1), share, seeded=True)
     check_rows(
-        assertion,
-        twice[..., :key_len],
-        twice[..., key_len:],
+        assertion, twice[..., :key_len], twice[..., key_len:],
         claim=f"outputs with dropout_p={share:g} differ between equal channels of the value",
         allowed=output_tolerance(weights.dtype),
-        cause=lambda _: "dropout falls on the outputs, not on the weights",
-        repeat=f"seed={seed}",
-    )
+        cause=lambda _: "dropout falls on the outputs, not on the weights", repeat=f"seed={seed}",
+    )  # fmt: skip
     seed_all(seed)
     observed, each = [run(identity, share)], int(_judged(weights).sum())
     while len(observed) < runs and (len(observed) < 2 or len(observed) * each < _ENOUGH_WEIGHTS):
@@ -97,15 +83,7 @@ class _Count:
     def __init__(
         self, assertion: str, weights: Tensor, share: float, seed: int, observed: Tensor
     ) -> None:
-        """Count it.
-
-        Args:
-            assertion: The name of the assertion.
-            weights: Without dropout, (..., query_len, key_len).
-            share: The probability that a weight is dropped.
-            seed: Where the random numbers started.
-            observed: After dropout, (calls, ..., query_len, key_len).
-        """
+        """Count it: weights (..., query_len, key_len), observed after dropout (calls, ...)."""
         self.assertion, self.weights, self.share, self.seed = assertion, weights, share, seed
         self.wide, self.judged, self.runs = weights.double(), _judged(weights), len(observed)
         self.each = int(self.judged.sum())
@@ -239,13 +217,9 @@ class _Count:
             f"mean, expected {1 / (1 - self.share):.4g}"
         )
         self._fail(
-            "weights that are kept are not divided by 1 - p",
-            Place(said, worst, off),
-            self._why_factor(factor, allowed),
-            broken=broken,
-            of=self.each,
-            tolerance=allowed,
-        )
+            "weights that are kept are not divided by 1 - p", Place(said, worst, off),
+            self._why_factor(factor, allowed), broken=broken, of=self.each, tolerance=allowed,
+        )  # fmt: skip
 
     def _why_factor(self, factor: float, allowed: float) -> str | None:
         judged_sums = self.first.double().sum(-1)
@@ -272,20 +246,13 @@ class _Count:
             )
 
     def _check_pairs(self) -> None:
-        """Check that two weights are dropped together as often as those of two coins are.
-
-        Pairs of one test have no weight in common, so that they are independent of each other.
-        """
+        """Check that two weights are dropped together as often as those of two coins are."""
+        # Pairs of one test have no weight in common, so that they are independent of each other.
         __tracebackhide__ = True
         p, tests = self.share, list(self._pairings())
-        counts: list[list[int]] = torch.stack(
-            [
-                torch.stack(
-                    [_pairs(mask, axis, ones, others) for mask in (self.judged, self.masks)]
-                )
-                for axis, _, ones, others in tests
-            ]
-        ).tolist()
+        masks = (self.judged, self.masks)
+        every = [[_pairs(mask, axis, *both) for mask in masks] for axis, _, *both in tests]
+        counts: list[list[int]] = torch.stack([torch.stack(one) for one in every]).tolist()
         for (axis, lag, *_), (judged, found) in zip(tests, counts, strict=True):
             count = judged * self.runs
             if not count:
@@ -340,17 +307,11 @@ def why_factor(factor: float, share: float, allowed: float) -> str | None:
 def share_by_chance(
     share: float, count: int, *, tests: int = 1, together: int = 1
 ) -> tuple[float, float]:
-    """Return between which shares of dropped weights chance leads, but for one time in 10^6.
-
-    By Chernoff's bound: a share x of n weights, each dropped with probability p, is met with a
-    probability of at most `exp(-n KL(x, p))` on either side.
-
-    Args:
-        share: The probability p, to which a fused kernel may add or subtract 1 / 255.
-        count: How many weights, n, or groups of them.
-        tests: How many such shares are looked at; one time in 10^6 any of them is outside.
-        together: Of groups of how many weights all are dropped.
-    """
+    """Return between which shares of dropped weights chance leads, but for one time in 10^6."""
+    # By Chernoff's bound: a share x of n weights, each dropped with probability p, is met with a
+    # probability of at most `exp(-n KL(x, p))` on either side. A fused kernel may add 1 / 255 to p
+    # or subtract it. Of so many `tests` any is outside one time in 10^6; of groups of several
+    # `together`, all weights are dropped.
     limit = math.log(2 * tests / _FALSE_ALARM) / count
     low, high = max(share - _STEP, 0.0) ** together, min(share + _STEP, 1.0) ** together
     return _farthest(low, 0.0, limit), _farthest(high, 1.0, limit)

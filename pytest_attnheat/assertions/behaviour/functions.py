@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subject import as_described, begin, of_the_first
-from pytest_attnheat.assertions.behaviour.visibility import (
+from ...attention.call import FEATURES, Call
+from ...attention.outcomes import likely_mistake
+from ...attention.reference import causal_mask
+from ...attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
+from ...callables import copied
+from ...inputs import dtype_name, misuse
+from .subject import as_described, begin, of_the_first
+from .visibility import (
     LARGER,
     Claim,
     Padding,
@@ -26,12 +32,6 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.mistakes import likely_mistake
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
-from pytest_attnheat.callables import copied
-from pytest_attnheat.inputs import dtype_name, misuse
 
 MASK = "attn_mask"
 # By how much the score of a padding key that attracts a query is above that of any real key,
@@ -41,23 +41,14 @@ _AHEAD, _LONGEST = 100.0, 3e3
 
 @dataclass(frozen=True)
 class AttentionFunction:
-    """An attention function, its inputs and how it is called: a `Subject`.
+    """An attention function, its inputs and how it is called: a `Subject`."""
 
-    Attributes:
-        function: Called as `function(query, key, value, **arguments)`.
-        query: (..., query_len, head_dim)
-        key: (..., key_len, head_dim)
-        value: (..., key_len, value_dim)
-        arguments: attn_mask, is_causal, scale, enable_gqa, whatever the caller gave.
-        seed: Where each call starts its random numbers; None: from where they are.
-    """
-
-    function: Callable[..., Any]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    seed: int | None = None
+    function: Callable[..., Any]  # Called as `function(query, key, value, **arguments)`
+    query: Tensor  # (..., query_len, head_dim)
+    key: Tensor  # (..., key_len, head_dim)
+    value: Tensor  # (..., key_len, value_dim)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # attn_mask, is_causal, scale ...
+    seed: int | None = None  # Where each call starts its random numbers; None: from where they are
 
     ordered = "keys and values are"
     observer, element = "query", "key"
@@ -113,13 +104,10 @@ class AttentionFunction:
         is_bias = mask is not None and mask.dtype != torch.bool
         features = {n: self.arguments[n] for n in FEATURES if self.arguments.get(n) is not None}
         call = Call(
-            query=self.query,
-            key=self.key,
-            value=self.value,
-            mask=None if is_bias else mask,
+            query=self.query, key=self.key, value=self.value, mask=None if is_bias else mask,
             causal=bool(self.arguments.get("is_causal")),
             **{**features, **({"bias": mask} if is_bias else {})},
-        )
+        )  # fmt: skip
         described = as_described(self.function)
         return call if described is None else described.described(call)
 
@@ -143,12 +131,7 @@ class AttentionFunction:
         value: Tensor | None = None,
         **changed: Any,
     ) -> Tensor:
-        """Call the function, with other inputs or arguments where they are given.
-
-        Raises:
-            TypeError: It returns no tensor (nor a tuple that begins with one).
-            ValueError: Its output is not (..., query_len, value_dim).
-        """
+        """Call the function, with other inputs or arguments where they are given."""
         query = self.query.clone() if query is None else query
         key = self.key.clone() if key is None else key
         value = self.value.clone() if value is None else value
@@ -173,12 +156,8 @@ class AttentionFunction:
         return replace(self, arguments=arguments, **tensors)  # type: ignore[arg-type]
 
     def may_see(self) -> Tensor:
-        """Which key each query may see, by its arguments and by what it says of itself.
-
-        Returns:
-            Boolean (..., query_len, key_len), a view that is not expanded in memory where the
-            mask has no leading dimensions.
-        """
+        """Which key each query may see, by its arguments and by what it says of itself."""
+        # A view (..., query_len, key_len), not expanded where the mask has no leading dimensions.
         shape = (*self.leading, self.query.shape[-2], self.key.shape[-2])
         return self.call.visible(HIDDEN_FROM).expand(shape)
 
@@ -217,10 +196,8 @@ class AttentionFunction:
         return output
 
     def mistake(self, output: Tensor, alignment: Alignment | None = None) -> str | None:
-        """Name the known defect that gives this output, with another alignment than its own.
-
-        A cause that cannot be looked for never hides the failure.
-        """
+        """Name the known defect that gives this output, with another alignment than its own."""
+        # A cause that cannot be looked for never hides the failure.
         try:
             call = self.call
             call = call if alignment is None else replace(call, alignment=alignment)
@@ -331,11 +308,9 @@ class AttentionFunction:
         return spelled.given(**tensors, **{MASK: mask})
 
     def _attracting(self, padding: Tensor) -> Tensor:
-        """Turn the last padding key towards a query, so that it wins the softmax if not masked.
-
-        Random keys get small scores from most queries, so that a fill of -10 in place of -inf would
-        look right. The score of this one is above every real score by `_AHEAD`.
-        """
+        """Turn the last padding key towards a query, so that it wins the softmax if not masked."""
+        # Random keys get small scores from most queries, so that a fill of -10 in place of -inf
+        # would look right. The score of this one is above every real score by `_AHEAD`.
         query, key, judged = self.query, self.key, self.judged()
         if query.shape[-1] != key.shape[-1]:  # the function projects them first
             return padding
@@ -387,17 +362,7 @@ def wrong_shape(output: Tensor, wanted: tuple[int, ...]) -> str:
 
 
 def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
-    """Where an attn_mask permits, expanded to `shape`.
-
-    Args:
-        mask: Boolean, True where a query may attend, or floats that are added
-            to the scores, see `permits`.
-        shape: (..., query_len, key_len)
-
-    Raises:
-        TypeError: No tensor of booleans or floats.
-        ValueError: Does not broadcast to the shape.
-    """
+    """Where an attn_mask permits, see `permits`, expanded to `shape` (..., query_len, key_len)."""
     try:
         return permits(_checked(mask)).expand(shape)
     except RuntimeError:

@@ -16,12 +16,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.subject import differ, holds, listed
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.callables import modules_in
-from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord, name_of
+from ...attention.reference import causal_mask
+from ...callables import modules_in
+from ...capture.capturing import capture_attention
+from ...capture.record import AttentionRecord, name_of
+from .models import ModelSubject
+from .subject import differ, holds, listed
 
 _Says = TypeVar("_Says", bound=Callable[..., str | None])
 # Weights that are larger are no rounding.
@@ -51,13 +51,7 @@ def _careful(say: _Says) -> _Says:
 
 
 class Inside:
-    """The attention of a sequence with itself that a model performs in one call.
-
-    Attributes:
-        records: What was captured; nothing where some attention may have been missed.
-        into_linear: What its linear layers were given.
-        out_of_linear: What they gave.
-    """
+    """The attention of a sequence with itself that a model performs in one call."""
 
     def __init__(self, subject: ModelSubject, run: Callable[[], object] | None = None) -> None:
         """Call it, or run what calls it."""
@@ -98,12 +92,7 @@ class Inside:
 
     @_careful
     def why_seen(self, may_see: Tensor, judged: Tensor) -> str | None:
-        """Say what lets a token see what it must not, where the attention inside does not.
-
-        Args:
-            may_see: Boolean (batch, length, length).
-            judged: Boolean (batch, length): the tokens whose output means something.
-        """
+        """Say what lets a token see what it must not, where the attention inside does not."""
         forbidden = (~may_see & judged.unsqueeze(-1)).unsqueeze(1)
         if not self._squares or not all(_hides(record, forbidden) for record in self._squares):
             return None
@@ -191,11 +180,7 @@ class Inside:
 
     @_careful
     def why_mask_fails(self, real: Tensor) -> str | None:
-        """Say which attention hides rows in place of columns, or what it hides too late.
-
-        Args:
-            real: Boolean (batch, length), True where a token is no padding.
-        """
+        """Say which attention hides rows in place of columns, or what it hides too late."""
         for record in self._squares:
             late = record.masked_late
             if late is not None and _least_sum(record, real) < 1 - _FELT:
@@ -228,11 +213,7 @@ class Inside:
 
     @_careful
     def why_places_are_felt(self, alone: Inside) -> str | None:
-        """Say what changes in the first attention where tokens are at other places.
-
-        Args:
-            alone: The same tokens, the first sample alone, at the beginning.
-        """
+        """Say what changes in the first attention where the first sample comes alone."""
         if not self._squares or not alone._squares:
             return None
         moved, kept = (
@@ -255,13 +236,7 @@ class Inside:
 
     @_careful
     def why_chunk_differs(self, number: int, step: range, at_once: Inside) -> str | None:
-        """Say what differs in the first attention of a chunk that comes with a cache.
-
-        Args:
-            number: The number of the chunk, from 0.
-            step: The tokens of the chunk.
-            at_once: The whole sequence.
-        """
+        """Say what differs in the first attention of a chunk that comes with a cache."""
         calls = Counter(record.layer for record in at_once._squares)
         known = {(one.layer, one.call): one for one in at_once._squares}
         for own in self.records:
@@ -368,10 +343,8 @@ def _why_scores_differ(own: AttentionRecord, whole: AttentionRecord, step: range
 
 
 def _why_kept_keys_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
-    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens.
-
-    Which token a key is of is told by the key itself, of the first sample and head.
-    """
+    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens."""
+    # Which token a key is of is told by the key itself, of the first sample and head.
     assert own.key is not None
     assert whole.key is not None
     kept, known = own.key[0, 0].double(), whole.key[0, 0].double()

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.bitwise import differing_bits
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
+from ...callables import borrowed, modules_in
+from ...inputs import misuse
+from .bitwise import differing_bits
+from .inside import Inside
+from .models import ModelSubject, Subject
+from .reading import as_subject
+from .subject import (
     Compared,
     check_each,
     check_relative,
@@ -26,9 +28,7 @@ from pytest_attnheat.assertions.behaviour.subject import (
     output_place,
     settled,
 )
-from pytest_attnheat.assertions.behaviour.visibility import as_documents
-from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.inputs import misuse
+from .visibility import as_documents
 
 # Samples that are run alone, and others of which each is tried for its influence.
 _ALONE = 4
@@ -181,16 +181,12 @@ def _alone(batch: _Batch, samples: Tensor, repeat: str) -> Compared:
         return f"rows are not the same in the batch as alone{named}"
 
     return Compared(
-        _picked(batch.output, samples),
-        alone,
-        claim=claim,
-        judged=batch.judged(samples),
+        _picked(batch.output, samples), alone, claim=claim, judged=batch.judged(samples),
         place=lambda index: output_place((chosen[index[0]], *index[1:])),
         cause=lambda change: _batch_cause(batch, off(change, batch.allowed)[0]),
-        cause_of_bits=lambda rows: _cause_of_bits(batch, chosen[_most(rows)]),
-        repeat=repeat,
+        cause_of_bits=lambda rows: _cause_of_bits(batch, chosen[_most(rows)]), repeat=repeat,
         again=batch.called.run,
-    )
+    )  # fmt: skip
 
 
 def _packed(batch: _Batch, documents: Tensor) -> Compared:
@@ -250,15 +246,11 @@ def _elsewhere(
         return torch.cat([batch.run(part) for part in parts])
 
     return Compared(
-        _picked(run(), back),
-        batch.output,
-        claim=claim,
+        _picked(run(), back), batch.output, claim=claim,
         judged=batch.judged(torch.arange(batch.called.batch)),
         cause=lambda change: _batch_cause(batch, _most(change)),
-        cause_of_bits=lambda rows: _cause_of_bits(batch, _most(rows)),
-        repeat=repeat,
-        again=run,
-    )
+        cause_of_bits=lambda rows: _cause_of_bits(batch, _most(rows)), repeat=repeat, again=run,
+    )  # fmt: skip
 
 
 def _batch_cause(batch: _Batch, sample: int) -> str:
@@ -358,24 +350,15 @@ def _feels_the_first(batch: _Batch, sample: int, changes: Callable[..., bool]) -
 
 
 def _changes(
-    batch: _Batch,
-    sample: int,
-    which: Tensor,
-    at: int | None = None,
+    batch: _Batch,  # The batch
+    sample: int,  # The sample
+    which: Tensor,  # The samples of the other batch
+    at: int | None = None,  # Where it is among them; where it was, by default
     *,
-    exact: bool,
-    expected: Tensor | None = None,
+    exact: bool,  # Whether every bit counts
+    expected: Tensor | None = None,  # By default, what it gives in the batch
 ) -> bool:
-    """Whether a sample gives something else in a batch of others.
-
-    Args:
-        batch: The batch.
-        sample: The sample.
-        which: The samples of the other batch.
-        at: Where it is among them; where it was, by default.
-        exact: Whether every bit counts.
-        expected: What it is compared with; by default, what it gives in the batch.
-    """
+    """Whether a sample gives something else in a batch of others."""
     place = sample if at is None else at
     got = batch.run(which)[place : place + 1]
     expected = batch.output[sample : sample + 1] if expected is None else expected
@@ -445,15 +428,12 @@ def assert_key_permutation_invariant(
         for name, order in _orders(called.length, seed):
             turned = order.to(base.device)
             check_rows(
-                _KEYS,
-                called.restore(called.reorder(turned).run(), turned),
-                base,
-                claim=f"rows change when {called.ordered} {name}",
-                allowed=allowed,
+                _KEYS, called.restore(called.reorder(turned).run(), turned), base,
+                claim=f"rows change when {called.ordered} {name}", allowed=allowed,
                 judged=called.judged(),
                 cause=lambda _: RANDOM_CAUSE if training else called.cause_of_order(base, allowed),
                 repeat=f"seed={seed}",
-            )
+            )  # fmt: skip
 
 
 def _orders(length: int, seed: int) -> list[tuple[str, Tensor]]:

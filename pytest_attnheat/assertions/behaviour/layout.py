@@ -11,26 +11,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import MASK
-from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    check_relative,
-    check_rows,
-    coarsest,
-    differ,
-    holds,
-    output_place,
-    settled,
-)
-from pytest_attnheat.attention.backward import names_of
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.mistakes import finite
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.callables import borrowed, changed
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import wide_dtype
+from ...attention.backward import names_of
+from ...attention.chunks import index_of
+from ...attention.outcomes import finite
+from ...attention.tolerance import is_fine
+from ...callables import borrowed, changed
+from ...failure import Checked, Failure, Place
+from ...inputs import wide_dtype
+from .functions import MASK
+from .invariance import RANDOM_CAUSE
+from .models import Subject
+from .reading import as_subject
+from .subject import check_relative, check_rows, coarsest, differ, holds, output_place, settled
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
 _Layout: TypeAlias = Callable[[str, Tensor], Tensor | None]
@@ -109,19 +101,12 @@ def _run(subject: Subject, tensors: _Tensors) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plain:
-    """Contiguous inputs, and what they give: the same must be given wherever they lie in memory.
+    """Contiguous inputs, and what they give: the same must be given wherever they lie in memory."""
 
-    Attributes:
-        subject: What is called.
-        tensors: Its inputs.
-        tolerance: As the caller gave it.
-        seed: What the gradient of the output is drawn from.
-    """
-
-    subject: Subject
-    tensors: _Tensors
-    tolerance: float | None
-    seed: int
+    subject: Subject  # What is called
+    tensors: _Tensors  # Its inputs
+    tolerance: float | None  # As the caller gave it
+    seed: int  # What the gradient of the output is drawn from
 
     def run(self) -> Tensor:
         """Call the subject, with copies: it may write to them."""
@@ -129,7 +114,6 @@ class _Plain:
 
     @cached_property
     def output(self) -> Tensor:
-        """What it gives."""
         return self.run()
 
     @cached_property
@@ -139,11 +123,9 @@ class _Plain:
 
     @cached_property
     def allowed(self) -> float | Tensor:
-        """By what part of its size a row of the output may change.
-
-        A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
-        scores that are this large half of that was measured in float32.
-        """
+        """By what part of its size a row of the output may change."""
+        # A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
+        # scores that are this large half of that was measured in float32.
         inputs = [tensor for name, tensor in self.tensors.items() if name != MASK]
         dtype = coarsest(self.output, *(one for one in inputs if one.is_floating_point()))
         allowed = check_relative(self.tolerance, dtype)
@@ -183,27 +165,23 @@ class _Plain:
         return dict(zip(wanted, found, strict=True))
 
     def gradient_allowed(self, name: str) -> tuple[float, Tensor]:
-        """By what part of its size a row of a gradient may change, and the least size of a row.
-
-        Where all keys are the same the query has no gradient, but rounding leaves some. What counts
-        is by how much an input changes the loss, next to the one that changes it most.
-        """
+        """By what part of its size a row of a gradient may change, and the least size of a row."""
+        # Where all keys are the same the query has no gradient, but rounding leaves some. What
+        # counts is by how much an input changes the loss, next to the one that changes it most.
         dtype = coarsest(self.gradients[name], self.output)
         own = _rms(self.tensors[name]).clamp(min=torch.finfo(torch.float32).tiny)
         floor = torch.maximum(self._moved / own, self._subtracted(name, dtype))
         return _gradient_tolerance(self.tolerance, dtype), floor
 
     def _subtracted(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The size below which the gradient of query or key is what a subtraction leaves.
-
-        The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight and
-        the mean is taken with the weights. Where attention is saturated g equals its mean, and
-        what is left is the rounding of g, times the key (for the query) or the queries that see it
-        (for the key). The floor is such that the tolerance allows `_ROUNDED` eps of that product,
-        and `_ROUNDED_SCORE` in wider dtypes, whose tolerance is many eps: several times what the
-        kernels of PyTorch were seen to need. The price is that in saturated attention an error in
-        the gradient of queries and keys, which is nearly all rounding there, may pass.
-        """
+        """The size below which the gradient of query or key is what a subtraction leaves."""
+        # The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight
+        # and the mean is taken with the weights. Where attention is saturated g equals its mean,
+        # and what is left is the rounding of g, times the key (for the query) or the queries that
+        # see it (for the key). The floor is such that the tolerance allows `_ROUNDED` eps of that
+        # product, and `_ROUNDED_SCORE` in wider dtypes, whose tolerance is many eps: several times
+        # what the kernels of PyTorch were seen to need. The price is that in saturated attention an
+        # error in the gradient of queries and keys, which is nearly all rounding there, may pass.
         tensors = self.tensors
         if self.subject.scale is None or name not in ("query", "key"):
             return torch.zeros((), dtype=torch.float64, device=tensors[name].device)
@@ -225,23 +203,16 @@ class _Plain:
 
 
 def _check(trial: _Trial, *, gradients: bool, training: bool) -> None:
-    """Check one layout."""
     __tracebackhide__ = True
     plain, repeat = trial.plain, f"seed={trial.plain.seed}"
     versions = versions_of(trial.laid)
     got = _tried(trial, trial.run)
     check_unwritten(trial.laid, plain.tensors, versions, f" with {trial.what}")
     check_rows(
-        _NAME,
-        got,
-        plain.output,
-        claim=f"rows change with {trial.what}",
-        allowed=plain.allowed,
-        judged=plain.judged,
-        cause=lambda _: RANDOM_CAUSE if training else _cause(trial, got),
-        repeat=repeat,
-        again=trial.run,
-    )
+        _NAME, got, plain.output, claim=f"rows change with {trial.what}", allowed=plain.allowed,
+        judged=plain.judged, cause=lambda _: RANDOM_CAUSE if training else _cause(trial, got),
+        repeat=repeat, again=trial.run,
+    )  # fmt: skip
     if not gradients or not plain.gradients:
         return
     found = _tried(trial, lambda: plain.gradients_of(trial.laid))
@@ -251,18 +222,12 @@ def _check(trial: _Trial, *, gradients: bool, training: bool) -> None:
             continue
         allowed, floor = plain.gradient_allowed(name)
         check_rows(
-            _NAME,
-            other,
-            gradient,
-            claim=f"rows of the gradient of {name} change with {trial.what}",
-            allowed=allowed,
-            judged=gradient.isfinite().all(-1),
-            may_be_none=True,
-            floor=floor,
+            _NAME, other, gradient,
+            claim=f"rows of the gradient of {name} change with {trial.what}", allowed=allowed,
+            judged=gradient.isfinite().all(-1), may_be_none=True, floor=floor,
             place=partial(output_place, name=f"{name}.grad"),
-            cause=lambda _: RANDOM_CAUSE if training else None,
-            repeat=repeat,
-        )
+            cause=lambda _: RANDOM_CAUSE if training else None, repeat=repeat,
+        )  # fmt: skip
 
 
 def _tried(trial: _Trial, run: Callable[[], Any]) -> Any:
@@ -350,22 +315,14 @@ def check_unwritten(
 
 @dataclass(frozen=True)
 class _Trial:
-    """Some inputs in another layout.
+    """Some inputs in another layout."""
 
-    Attributes:
-        plain: The same contents, contiguous.
-        what: Names the inputs and the layout.
-        names: Which inputs.
-        laid: All inputs.
-    """
-
-    plain: _Plain
-    what: str
-    names: Sequence[str]
-    laid: _Tensors
+    plain: _Plain  # The same contents, contiguous
+    what: str  # Names the inputs and the layout
+    names: Sequence[str]  # Which inputs
+    laid: _Tensors  # All inputs
 
     def run(self) -> Tensor:
-        """Call the subject."""
         return _run(self.plain.subject, self.laid)
 
 
@@ -441,10 +398,8 @@ def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
 
 
 def packed_together(given: _Tensors) -> _Tensors:
-    """Query, key and value as `projection.view(batch, length, 3, heads, width).unbind(2)`.
-
-    Nothing where their lengths differ: then one projection cannot have made them.
-    """
+    """Query, key and value as `projection.view(batch, length, 3, heads, width).unbind(2)`."""
+    # Nothing where their lengths differ: then one projection cannot have made them.
     # The heads of grouped attention may differ in number; they lie side by side in memory.
     turned = {
         name: given[name].transpose(-3, -2) if given[name].ndim > 3 else given[name].unsqueeze(-2)

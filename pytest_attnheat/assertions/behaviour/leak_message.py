@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    as_of_keys,
-    differ,
-    holds,
-    listed,
-    output_place,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Replacement
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from ...attention.chunks import index_of
+from ...failure import Checked, Failure, Place
+from ...heatmaps.terminal import format_heatmap, map_name
+from .functions import AttentionFunction
+from .inside import Inside
+from .leak_search import Fault, Search
+from .models import ModelSubject, Subject
+from .subject import as_of_keys, differ, holds, listed, output_place
+from .visibility import Replacement
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
@@ -42,37 +36,26 @@ def describe(fault: Fault, search: Search) -> Failure:
     if fault.blind:
         return _blindness(fault, search)
     worst = _Mover(search, fault.worst, fault.replacements[0])
-    first = worst
-    if fault.first != fault.worst:
-        first = _Mover(search, fault.first, fault.replacements[1])
+    same = fault.first == fault.worst
+    first = worst if same else _Mover(search, fault.first, fault.replacements[1])
     crop = None
     if worst.element is not None:
         content = fault.replacements[0].content
         crop = _Crop(search, worst.observer, worst.element, content)
         while worst.take([crop.strongest]):
             crop = _Crop(search, worst.observer, worst.element, content)
-    return _failure(
-        search,
-        f"{_does(worst)} what they must not see{_only_in(fault, search)}",
-        worst.place(),
-        broken=fault.broken,
-        of=fault.judged,
-        first=None if first is worst else first.place(),
-        cause=_cause(fault, worst, crop),
-        assumed=search.claim.assumed,
-        tolerance=search.allowed,
-        picture="" if crop is None else crop.draw(),
-    )
-
-
-def _does(worst: _Mover) -> str:
     felt = worst.change != 0
-    return "outputs depend on" if felt else "outputs do not change, but have gradients from"
+    does = "outputs depend on" if felt else "outputs do not change, but have gradients from"
+    return _failure(
+        search, f"{does} what they must not see{_only_in(fault, search)}", worst.place(),
+        broken=fault.broken, of=fault.judged, first=None if first is worst else first.place(),
+        cause=_cause(fault, worst, crop), assumed=search.claim.assumed, tolerance=search.allowed,
+        picture="" if crop is None else crop.draw(),
+    )  # fmt: skip
 
 
 def _failure(search: Search, claim: str, worst: Place, **more: Any) -> Failure:
-    tensor, repeat = Checked.of(search.base), f"seed={search.seed}"
-    again = search.subject.run
+    tensor, repeat, again = Checked.of(search.base), f"seed={search.seed}", search.subject.run
     return Failure(_NAME, claim, worst=worst, tensor=tensor, repeat=repeat, again=again, **more)
 
 
@@ -139,8 +122,7 @@ def describe_not_finite(search: Search, broken: Tensor) -> Failure:
 
 
 def _blindness(fault: Fault, search: Search) -> Failure:
-    observer, replaced = fault.worst, fault.replacements[0]
-    subject = search.subject
+    observer, replaced, subject = fault.worst, fault.replacements[0], search.subject
     missed = search.may_see[observer]
     if replaced.elements is not None:
         missed = missed & replaced.elements[_key_entry(search, observer)]
@@ -151,15 +133,11 @@ def _blindness(fault: Fault, search: Search) -> Failure:
         f"whatever is there, {output_place(observer)} stays the same"
     )
     return _failure(
-        search,
-        f"outputs do not depend on what they must see{_only_in(fault, search)}",
-        Place(unseen, observer),
-        broken=fault.broken,
-        of=fault.judged,
-        cause=_cause_of_blindness(search, observer, numbers, crop),
-        assumed=search.claim.assumed,
+        search, f"outputs do not depend on what they must see{_only_in(fault, search)}",
+        Place(unseen, observer), broken=fault.broken, of=fault.judged,
+        cause=_cause_of_blindness(search, observer, numbers, crop), assumed=search.claim.assumed,
         picture=crop.draw(),
-    )
+    )  # fmt: skip
 
 
 def _cause_of_blindness(
@@ -242,7 +220,6 @@ class _Mover:
         return float(self.search.change(replaced)[self.observer])
 
     def _likely(self, forbidden: Tensor) -> list[int]:
-        """Those of the forbidden elements that have the largest gradients."""
         row = torch.zeros_like(self.search.claim.judged)
         row[self.observer] = True
         try:
@@ -290,9 +267,8 @@ class _Mover:
     def _says(self) -> str:
         search, number = self.search, self.observer[-1]
         observer, element = search.subject.observer, search.subject.element
-        depends, sees = "depends on", "sees"
-        if self.change == 0:
-            depends = sees = "has a gradient from"
+        felt = self.change != 0
+        depends, sees = ("depends on", "sees") if felt else ("has a gradient from",) * 2
         if self.query is not None:
             return f"query {number} {depends} query {self.query}"
         if self.element is None:
@@ -316,7 +292,6 @@ class _Mover:
 
     @property
     def is_another_head(self) -> bool:
-        """Whether what moves the output is a head, of the output's own batch entry."""
         own, entry = _key_entry(self.search, self.observer), self.entry or ()
         return len(entry) == 2 and entry[0] == own[0]
 
@@ -342,14 +317,13 @@ def _narrow(items: list[Any], move: Callable[[list[Any]], bool]) -> list[Any]:
 def _cause_in(crop: _Crop) -> str | None:
     """Read a likely cause from what the observers around the worst one see."""
     sees, forbidden, rightly = crop.sees, crop.forbidden, crop.seen_rightly
-    wrongly = sees & forbidden
-    if not bool(wrongly.any()):
+    if not bool((wrongly := sees & forbidden).any()):
         return None
-    others = rightly & crop.judged.unsqueeze(-1) & (crop.steps != 0)
+    rows, columns = (torch.arange(one.start, one.stop) for one in (crop.rows, crop.columns))
+    others = rightly & crop.judged.unsqueeze(-1) & (columns != rows.unsqueeze(-1))
     if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
-    extra = _elements_too_many(crop, wrongly)
-    if extra == 1:
+    if (extra := _elements_too_many(crop, wrongly)) == 1:
         return _ONE_TOO_MANY
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         allowed = crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist()
@@ -380,11 +354,7 @@ def _elements_too_many(crop: _Crop, wrongly: Tensor) -> int | None:
     return extra
 
 
-# --- The picture
-
-
 def _entry_name(lead: tuple[int, ...]) -> str:
-    """Name a batch entry, or a head where there are both."""
     return f"batch entry {lead[0]}" if len(lead) == 1 else map_name(lead)
 
 
@@ -400,7 +370,6 @@ def _no_elements(search: Search) -> Tensor:
 
 
 def _spread(search: Search, own: Tensor, observer: tuple[int, ...]) -> Tensor:
-    """Elements of one batch entry and head among those of all."""
     elements = _no_elements(search)
     elements[_key_entry(search, observer)] = own
     return elements
@@ -427,8 +396,7 @@ class _Crop:
         self.judged = search.claim.judged[lead][self.rows].cpu()
         changes = []
         for column in range(self.columns.start, self.columns.stop):
-            own = torch.zeros(key_len, dtype=torch.bool, device=search.may_see.device)
-            own[column] = True
+            own = torch.arange(key_len, device=search.may_see.device) == column
             replaced = Replacement(_spread(search, own, observer), None, content)
             changes.append(search.change(replaced)[lead][self.rows].cpu())
         self.changes = torch.stack(changes, -1)
@@ -441,7 +409,6 @@ class _Crop:
 
     @property
     def sees(self) -> Tensor:
-        """Which observer depends on which element."""
         return self.changes > self.search.allowed
 
     @property
@@ -452,14 +419,7 @@ class _Crop:
         return int(self.columns.start) + int(wrong.argmax())
 
     @property
-    def steps(self) -> Tensor:
-        """How far ahead of an observer an element is."""
-        rows = torch.arange(self.rows.start, self.rows.stop).unsqueeze(-1)
-        return torch.arange(self.columns.start, self.columns.stop) - rows
-
-    @property
     def forbidden(self) -> Tensor:
-        """What must not be seen, in rows that are judged."""
         return ~self.seen_rightly & self.judged.unsqueeze(-1)
 
     def draw(self) -> str:
@@ -467,21 +427,17 @@ class _Crop:
         subject = self.search.subject
         largest = max(self.changes[self.changes.isfinite()].tolist(), default=0.0) or 1.0
         drawn = self.changes.clamp(max=largest) / largest
-        wrong = (self.forbidden & self.sees).any(-1)
-        wrong |= (self.seen_rightly & (self.changes == 0)).any(-1)
-        wrong &= self.judged
+        wrong = (self.forbidden & self.sees) | (self.seen_rightly & (self.changes == 0))
+        wrong = wrong.any(-1) & self.judged
         lead = self.observer[:-1]
         return format_heatmap(
-            drawn,
-            mask=self.changes != 0,
-            first_row=self.rows.start,
+            drawn, mask=self.changes != 0, first_row=self.rows.start,
             first_column=self.columns.start,
             marked=[self.rows.start + i for i in wrong.nonzero().flatten().tolist()],
-            notes=[""] * len(drawn),
-            row_name=subject.observer[0],
+            notes=[""] * len(drawn), row_name=subject.observer[0],
             column_name=f"{subject.element}s",
             title=", ".join(filter(None, [_entry_name(lead), "change when each is replaced"])),
-        )
+        )  # fmt: skip
 
 
 def _window(center: int, size: int, most: int) -> slice:

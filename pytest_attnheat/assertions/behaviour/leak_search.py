@@ -10,15 +10,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    for_each_query_head,
-    of_any,
-    of_the_first,
-    relative_change,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, spread_rows, touched
-from pytest_attnheat.attention.chunks import index_of
+from ...attention.chunks import index_of
+from .models import Subject
+from .subject import for_each_query_head, of_any, of_the_first, relative_change
+from .visibility import Claim, Replacement, spread_rows, touched
 
 # How many sets of elements are tried before an output is believed to depend on all of them.
 _TRIALS = 12
@@ -34,30 +29,17 @@ _MOST_COUNTING, _MOST_DEAR = 128, 16
 
 @dataclass(frozen=True)
 class Fault:
-    """Outputs that break the claim.
+    """Outputs that break the claim."""
 
-    Attributes:
-        blind: Whether they do not depend on what they must see; else they depend on what they
-            must not see.
-        method: How it was found: "perturbation", "gradient" or "nan".
-        broken: How many outputs.
-        judged: Of how many.
-        entries: In how many batch entries and heads.
-        worst: The index of the worst output (*leading, query).
-        first: That of the first.
-        replacements: What was replaced when the worst and the first were found.
-        counted: Whether all that is broken was looked for; else there is at least so much.
-    """
-
-    blind: bool
-    method: str
-    broken: int
-    judged: int
-    entries: int
-    worst: tuple[int, ...]
-    first: tuple[int, ...]
-    replacements: tuple[Replacement, Replacement]
-    counted: bool = True
+    blind: bool  # Whether they do not depend on what they must see; else on what they must not see
+    method: str  # How it was found: "perturbation", "gradient" or "nan"
+    broken: int  # How many outputs
+    judged: int  # Of how many
+    entries: int  # In how many batch entries and heads
+    worst: tuple[int, ...]  # The index of the worst output (*leading, query)
+    first: tuple[int, ...]  # That of the first
+    replacements: tuple[Replacement, Replacement]  # For the worst and the first
+    counted: bool = True  # Whether all that is broken was looked for; else that is the least
 
 
 # An observer and what it depends on, or does not.
@@ -69,24 +51,15 @@ class Search:
 
     def __init__(
         self,
-        subject: Subject,
-        claim: Claim,
-        base: Tensor,
+        subject: Subject,  # The subject
+        claim: Claim,  # What it may depend on
+        base: Tensor,  # Its output with nothing replaced
         *,
-        allowed: float,
-        passes: int,
-        seed: int,
+        allowed: float,  # By what part of its size an output may change
+        passes: int,  # How many observers are judged for each batch entry and head, at least
+        seed: int,  # What observers and replacements are drawn from
     ) -> None:
-        """Prepare the search; the subject is not called.
-
-        Args:
-            subject: The subject.
-            claim: What it may depend on.
-            base: Its output with nothing replaced.
-            allowed: By what part of its size an output may change.
-            passes: How many observers are judged for each batch entry and head, at least.
-            seed: What observers and replacements are drawn from.
-        """
+        """Prepare the search; the subject is not called."""
         self.subject, self.base, self.allowed, self.seed = subject, base, allowed, seed
         self.may_see, self.claim = claim.may_see, claim
         # What a query gives that may see nothing is a matter of declaration, not of leaks.
@@ -151,13 +124,9 @@ class Search:
     def first_fault(
         self, methods: Sequence[str], *, optional: bool, must_see: bool
     ) -> Fault | None:
-        """Return what is broken, leaks before blindness, or None.
-
-        Args:
-            methods: "perturbation", "gradient", "nan".
-            optional: Whether a subject that is not differentiable may go without "gradient".
-            must_see: Whether blindness counts.
-        """
+        """Return what is broken by some methods, leaks before blindness, or None."""
+        # Methods are "perturbation", "gradient" and "nan"; where that is `optional`, a subject that
+        # is not differentiable may go without "gradient".
         blind: Fault | None = None
         if "gradient" not in methods:
             self._passes, self._backward = self._passes + self._backward, 0
@@ -192,11 +161,9 @@ class Search:
         return tally.fault(method, counted=bool((self.hidden | ~self._watched).all()))
 
     def _never_moved(self, unfelt: Tensor, of: int) -> Fault | None:
-        """Outputs that stay the same even if all that they may see is replaced at once.
-
-        That none of the passes moved one proves little: all its attention may be on a key that
-        no pass replaced.
-        """
+        """Outputs that stay the same even if all that they may see is replaced at once."""
+        # That none of the passes moved one proves little: all its attention may be on a key that no
+        # pass replaced.
         pairs: list[_Pair] = []
         for at in unfelt.nonzero().tolist()[:_MOST_BLIND]:
             observer = tuple(at)
@@ -261,11 +228,7 @@ class Search:
         return away.argmin(-1)
 
     def _others(self, *, of_model: bool = True) -> Iterator[Replacement]:
-        """Every second batch entry, head and query, and then the rest.
-
-        Args:
-            of_model: Whether a whole model is to be called no more than twice.
-        """
+        """Every second batch entry, head and query, then the rest; of a model there are but two."""
         shape = self.claim.judged.shape
         takes_queries = self.subject.has_queries
         for dim in range(len(shape) - (0 if takes_queries else 1)):
@@ -347,15 +310,9 @@ class Search:
     def _suspects(
         self, groups: Sequence[Tensor], forbidden: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> Iterator[Replacement]:
-        """Yield elements that a group of observers must not see, and that have a gradient.
-
-        The gradient of all of them together finds a single pair; other inputs there prove it.
-
-        Args:
-            groups: An observer per batch entry, (batch,); its group may see no more than it does.
-            forbidden: What they must not see, (batch, length).
-            gradients: Of the groups, (batch, length).
-        """
+        """Yield elements that a group of observers must not see, and that have a gradient."""
+        # The gradient of all of them together finds a single pair; other inputs there prove it. Of
+        # each group one observer (batch,) stands for all: the others may see no more than it does.
         for observers, elements, felt in zip(groups, forbidden, gradients, strict=True):
             self.followed.scatter_(-1, observers.unsqueeze(-1), True)
             rounded = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
@@ -387,11 +344,9 @@ class Search:
     def _blind(
         self, observer: tuple[int, ...], replaced: Replacement, strongest: int
     ) -> Replacement | None:
-        """Some of the elements that make no difference, whatever is there; None if all do.
-
-        A weight or a gradient may be rounded to 0 where the output does depend on one; the
-        key that gets most attention brings some to any of them.
-        """
+        """Some of the elements that make no difference, whatever is there; None if all do."""
+        # A weight or a gradient may be rounded to 0 where the output does depend on one; the key
+        # that gets most attention brings some to any of them.
         assert replaced.elements is not None
         suspects = [replaced.elements.nonzero()]
         for _ in range(_TRIALS):
@@ -410,12 +365,7 @@ class Search:
 
 
 class _Tally:
-    """Which outputs change with what they must not see, over some replacements.
-
-    Attributes:
-        reached: Which may see something that was replaced.
-        felt: Which changed at all.
-    """
+    """Which outputs change (`felt`) with what they must not see, and which were `reached`."""
 
     def __init__(self, search: Search, replacements: Sequence[Replacement]) -> None:
         """Make the replacements, one after the other."""
@@ -429,7 +379,6 @@ class _Tally:
             self.add(replaced)
 
     def add(self, replaced: Replacement) -> None:
-        """Make one more replacement."""
         change, may_change = self._search.change(replaced), self._search.reached(replaced)
         judged = self._search.judged
         self.reached |= judged & may_change

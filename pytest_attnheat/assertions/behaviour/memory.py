@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.visibility import Claim, Padding, Stated
-from pytest_attnheat.attention.vocabulary import Side
+from ...attention.vocabulary import Side
+from .models import ModelSubject, Subject
+from .sequences import SequenceModel
+from .visibility import Claim, Padding, Stated
 
 
 def memory_of(subject: Subject) -> MemorySubject | None:
@@ -42,13 +42,9 @@ def claims_of(subject: Subject, stated: Stated) -> Iterator[tuple[Subject, Claim
 
 @dataclass(frozen=True)
 class MemorySubject(ModelSubject):
-    """A model of its memory: its inputs are the memory, its rows those of what looks it up.
+    """A model of its memory: its inputs are the memory, its rows those of what looks it up."""
 
-    Attributes:
-        queries: The inputs of the model.
-    """
-
-    queries: Tensor = field(kw_only=True)
+    queries: Tensor = field(kw_only=True)  # The inputs of the model
 
     element = "memory element"
     pads_rows = False

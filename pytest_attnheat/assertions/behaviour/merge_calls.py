@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.inputs import misuse, one_of
+from ...callables import parameters_of
+from ...inputs import misuse, one_of
 
 Base: TypeAlias = Literal["e", "2"]
 Calling: TypeAlias = Literal["pair", "stacked", "list", "output_first", "in_place"]
@@ -26,33 +26,22 @@ _RETURNED = "what merge returns"
 
 @dataclass(frozen=True)
 class Form:
-    """How a function takes partial states, and gives back the merged one.
+    """How a function takes partial states, and gives back the merged one."""
 
-    Attributes:
-        name: Whose it is, or what it is called by here.
-        calling: "pair": `merge(out_a, lse_a, out_b, lse_b)` returns `(out, lse)`, or `out`;
-            "stacked": `merge(outs, lses)` of all parts in one tensor each; "list": in lists;
-            "output_first": `merge(output, out_a, lse_a, out_b, lse_b)` writes to `output`, and to
-            `output_lse=` if it has that parameter; "in_place": as "pair", but writes to the first
-            two.
-        layout: The dimensions of an output, in order: b(atch), h(eads), l (queries), d (width), and
-            n, the parts, where they are stacked. What is missing is part of l.
-        lse_layout: The same of a log-sum-exp, without d; 1 is a dimension of size 1.
-        base: That of the logarithm.
-        names: The first parameters that it is recognised by, in order.
-        never: Parameters by which it is told from another.
-        dense: Whether log-sum-exps lie in memory in the order of their dimensions; else they are
-            views of (..., heads, query_len).
-    """
-
-    name: str
+    name: str  # Whose it is, or what it is called by here
+    # "pair": `merge(out_a, lse_a, out_b, lse_b)` returns `(out, lse)`, or `out`; "stacked":
+    # `merge(outs, lses)` of all parts in one tensor each; "list": in lists; "output_first":
+    # `merge(output, out_a, lse_a, out_b, lse_b)` writes to `output`, and to `output_lse=` if it has
+    # that parameter; "in_place": as "pair", but writes to the first two
     calling: Calling
+    # The dimensions of an output, in order: b(atch), h(eads), l (queries), d (width), and n, the
+    # parts, where they are stacked. What is missing is part of l.
     layout: str = OURS
-    lse_layout: str = OUR_LSE
-    base: Base = "e"
-    names: tuple[str, ...] = ()
-    never: tuple[str, ...] = ()
-    dense: bool = True
+    lse_layout: str = OUR_LSE  # The same of a log-sum-exp, without d; 1 is a dimension of size 1
+    base: Base = "e"  # That of the logarithm
+    names: tuple[str, ...] = ()  # The first parameters that it is recognised by, in order
+    never: tuple[str, ...] = ()  # Parameters by which it is told from another
+    dense: bool = True  # Whether they lie in memory so; else they are views of (..., heads, l)
 
     @property
     def takes_all(self) -> bool:
@@ -96,12 +85,7 @@ def form_of(
     lse_layout: str | None,
     base: Base | None,
 ) -> tuple[Form, str | None]:
-    """Return how a function is called, and what of that was assumed.
-
-    Raises:
-        TypeError: It is not callable.
-        ValueError: What is declared does not fit together, or nothing says how it is called.
-    """
+    """Return how a function is called, and what of that was assumed."""
     if not callable(merge):
         raise TypeError(misuse("merge", type(merge).__name__, "a function that merges two states"))
     for name, given, known in (("calling", calling, CALLINGS), ("base", base, BASES)):
@@ -113,12 +97,9 @@ def form_of(
         own = _lse_layout(layout or "")
     same = layout in (None, form.layout) and lse_layout in (None, form.lse_layout)
     declared = replace(
-        form,
-        layout=layout or form.layout,
-        lse_layout=lse_layout or own,
-        base=base or form.base,
+        form, layout=layout or form.layout, lse_layout=lse_layout or own, base=base or form.base,
         dense=form.dense or not same,
-    )
+    )  # fmt: skip
     _check(declared)
     if calling and layout and base:
         return declared, None
@@ -176,16 +157,12 @@ def _check(form: Form) -> None:
     wrong = len(form.layout) != len(letters) or not {"l", "d"} <= letters <= known
     if wrong or ("n" in letters) != stacked:
         parts = ", and n for the parts" if stacked else ""
-        accepted = f"each of l and d once, and b and h or not{parts}, as {_example(stacked)!r}"
+        accepted = f"each of l and d once, and b and h or not{parts}, as '{'n' * stacked}blhd'"
         raise ValueError(misuse("layout", repr(form.layout), accepted))
     own = form.lse_layout.replace("1", "", 1)
     if set(own) != letters - {"d"} or len(own) != len(set(own)):
         accepted = f"the letters of layout={form.layout!r} without d, in any order, and 1 or not"
         raise ValueError(misuse("lse_layout", repr(form.lse_layout), accepted))
-
-
-def _example(stacked: bool) -> str:
-    return "nblhd" if stacked else "blhd"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.merge_states import LN2, exactly
-from pytest_attnheat.assertions.behaviour.subject import as_described, takes
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.inputs import misuse, wide_dtype
+from ...attention.call import Call
+from ...attention.computation import reference
+from ...attention.reference import causal_mask
+from ...attention.scoring import draw
+from ...attention.tolerance import output_tolerance
+from ...inputs import misuse, wide_dtype
+from .merge_states import LN2, exactly
+from .subject import as_described, takes
 
 _BATCH, _HEADS, _KEY_HEADS, _QUERIES, _KEYS, _WIDTH = 2, 4, 2, 5, 24, 64
 # By how much the scores of some parts are above those of others.
@@ -27,19 +27,12 @@ _FAR = 300.0
 
 @dataclass(frozen=True)
 class Problem:
-    """How keys are cut into parts.
+    """How keys are cut into parts."""
 
-    Attributes:
-        name: What is special of it.
-        sizes: How many keys each part has.
-        levels: What is added to all scores of each part.
-        hidden: Who may see what: "nothing" is hidden, "later" keys, or keys at "random".
-    """
-
-    name: str
-    sizes: tuple[int, ...]
-    levels: tuple[float, ...] = ()
-    hidden: str = "nothing"
+    name: str  # What is special of it
+    sizes: tuple[int, ...]  # How many keys each part has
+    levels: tuple[float, ...] = ()  # What is added to all scores of each part
+    hidden: str = "nothing"  # "nothing", "later" keys, or keys at "random"
 
     @property
     def parts(self) -> list[slice]:
@@ -83,25 +76,15 @@ PROBLEMS = (
 
 @dataclass(frozen=True)
 class Added:
-    """What attention gave for parts of the keys, and for all keys: float64, base e, on the CPU.
+    """What attention gave for parts of the keys, and for all keys: float64, base e, on the CPU."""
 
-    Attributes:
-        outs: Of the parts, (n, batch, heads, query_len, width).
-        lses: (n, batch, heads, query_len)
-        out: Of all keys.
-        lse: Likewise.
-        call: What was asked of all keys.
-        tolerance: By what part of its size an output and a log-sum-exp may be off.
-        per_unit: What a log-sum-exp of 1 is in base e.
-    """
-
-    outs: Tensor
-    lses: Tensor
-    out: Tensor
-    lse: Tensor
-    call: Call
-    tolerance: tuple[float, float]
-    per_unit: float
+    outs: Tensor  # Of the parts, (n, batch, heads, query_len, width)
+    lses: Tensor  # (n, batch, heads, query_len)
+    out: Tensor  # Of all keys
+    lse: Tensor  # Likewise
+    call: Call  # What was asked of all keys
+    tolerance: tuple[float, float]  # By what part an output and a log-sum-exp may be off
+    per_unit: float  # What a log-sum-exp of 1 is in base e
 
     def wrong(self, change: Callable[[Tensor], Tensor] = lambda lse: lse) -> tuple[Tensor, Tensor]:
         """Where the parts do not add up, (..., width) and (...), if log-sum-exps are read so."""
@@ -184,19 +167,12 @@ def _named_sink(sinks: Tensor, said: str) -> str | None:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the states of parts.
+    """Makes the states of parts."""
 
-    Attributes:
-        attention: Code under test that makes them; None for attention in float64.
-        per_unit: What a log-sum-exp of 1 is in base e.
-        seed: What all is drawn from.
-        device: Where the states are.
-    """
-
-    attention: Callable[..., Any] | None
-    per_unit: float
-    seed: int
-    device: str
+    attention: Callable[..., Any] | None  # Code that makes them; None for attention in float64
+    per_unit: float  # What a log-sum-exp of 1 is in base e
+    seed: int  # What all is drawn from
+    device: str  # Where the states are
 
     def can_ask(self, problem: Problem) -> bool:
         """Whether a problem can be asked of the caller's attention, if that makes the states."""
@@ -223,13 +199,10 @@ class Maker:
         out, lse = self._asked(call, dtype)
         return Added(
             torch.stack([*outs]).cpu().double(),
-            torch.stack([*lses]).cpu().double() * self.per_unit,
-            out.cpu().double(),
-            lse.cpu().double() * self.per_unit,
-            call,
-            (2 * output_tolerance(dtype), output_tolerance(lse.dtype)),
-            self.per_unit,
-        )
+            torch.stack([*lses]).cpu().double() * self.per_unit, out.cpu().double(),
+            lse.cpu().double() * self.per_unit, call,
+            (2 * output_tolerance(dtype), output_tolerance(lse.dtype)), self.per_unit,
+        )  # fmt: skip
 
     def _in(self, dtype: torch.dtype, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(dtype)  # what kernels keep log-sum-exps in

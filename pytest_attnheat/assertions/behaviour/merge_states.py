@@ -11,9 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, DeclaredFullyMasked
-from pytest_attnheat.inputs import dtype_name
+from ...attention.tolerance import output_tolerance
+from ...attention.vocabulary import HIDDEN_FROM, DeclaredFullyMasked
+from ...inputs import dtype_name
 
 LN2 = math.log(2.0)
 _UNKNOWN = "other rows are wrong as well, and no known mistake gives their numbers"
@@ -57,29 +57,17 @@ def folded(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The states of some parts, and what merging them gave. All but `lses` in base e.
+    """The states of some parts, and what merging them gave. All but `lses` in base e."""
 
-    Attributes:
-        name: What is special of the parts.
-        sizes: How many keys each part has.
-        order: How more than two are merged: "at once", "from the left", "from the right".
-        outs: The outputs as they were handed over, one of each part.
-        lses: Their log-sum-exps likewise, in the base of the merge.
-        per_unit: What one of that base is in base e.
-        out: What was returned, (..., width), in float64, on the CPU.
-        lse: (...) likewise, in base e; None if none is returned.
-        empty: What is declared of a row that no part has a key for.
-    """
-
-    name: str
-    sizes: tuple[int, ...]
-    order: str
-    outs: list[Tensor]
-    lses: list[Tensor]
-    per_unit: float
-    out: Tensor
-    lse: Tensor | None
-    empty: DeclaredFullyMasked
+    name: str  # What is special of the parts
+    sizes: tuple[int, ...]  # How many keys each part has
+    order: str  # How more than two are merged: "at once", "from the left", "from the right"
+    outs: list[Tensor]  # The outputs as they were handed over, one of each part
+    lses: list[Tensor]  # Their log-sum-exps likewise, in the base of the merge
+    per_unit: float  # What one of that base is in base e
+    out: Tensor  # What was returned, (..., width), in float64, on the CPU
+    lse: Tensor | None  # (...) likewise, in base e; None if none is returned
+    empty: DeclaredFullyMasked  # What is declared of a row that no part has a key for
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,12 +120,10 @@ class Comparison:
         return ~self.without_keys_once | declared
 
     def allowed(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """How far rounding may move an output and a log-sum-exp that come to this.
-
-        As two calls of other shapes, see `tolerance.output_tolerance`, for each merge of a pair;
-        and an exponential is off by its argument times the eps of the log-sum-exps, four times.
-        An output counts as large as the largest of the parts: `a - w (a - b)` is a right merge.
-        """
+        """How far rounding may move an output and a log-sum-exp that come to this."""
+        # As two calls of other shapes, see `tolerance.output_tolerance`, for each merge of a pair;
+        # and an exponential is off by its argument times the eps of the log-sum-exps, four times.
+        # An output counts as large as the largest of the parts: `a - w (a - b)` is a right merge.
         outs, lses = self.states
         merges = max(1, len(self.sizes) - 1)
         wide = self.lses[0].dtype
@@ -183,10 +169,8 @@ class Comparison:
         return out, lse
 
     def fits(self, rule: Rule, *, out: bool = True, lse: bool = True) -> bool:
-        """Whether a rule gives what was returned in all rows in which that is finite.
-
-        Rows that no part has a key for are not looked at: what they give is a matter of its own.
-        """
+        """Whether a rule gives what was returned in all rows in which that is finite."""
+        # Rows that no part has a key for are not looked at: what they give is a matter of its own.
         found = self.by(rule)
         wrong, wrong_lse = self.off(*found)
         finite = self.finite & ~self.without_keys
@@ -325,11 +309,9 @@ def _lse_rules(per_unit: float) -> dict[str, Rule]:
 
 
 def cause_of(every: Sequence[Comparison]) -> str | None:
-    """Return the mistakes that give what a merge returned, in all that was compared.
-
-    Each is tried against all numbers, those that are right as well; of pairs first, and what
-    fits them in what is merged of more parts.
-    """
+    """Return the mistakes that give what a merge returned, in all that was compared."""
+    # Each is tried against all numbers, those that are right as well; of pairs first, and what fits
+    # them in what is merged of more parts.
     found = [sentence for sentence in (_not_finite(every), _numbers(every)) if sentence]
     return "; ".join(found) if found else None
 

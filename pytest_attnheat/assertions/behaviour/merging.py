@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.merge_calls import Base, Calling, Merge, form_of
-from pytest_attnheat.assertions.behaviour.merge_parts import PROBLEMS, Maker, Problem
-from pytest_attnheat.assertions.behaviour.merge_states import LN2, Comparison, cause_of, folded
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.devices import check_device
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
-from pytest_attnheat.callables import always_compiled, borrowed
-from pytest_attnheat.failure import Checked, Failure, Place, number_text
-from pytest_attnheat.inputs import dtype_names, misuse, one_of, seed_number
+from ...attention.chunks import index_of
+from ...attention.devices import check_device
+from ...attention.scoring import draw
+from ...attention.tolerance import output_tolerance
+from ...attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
+from ...callables import always_compiled, borrowed
+from ...failure import Checked, Failure, Place, number_text
+from ...inputs import dtype_names, misuse, one_of, seed_number
+from .merge_calls import Base, Calling, Merge, form_of
+from .merge_parts import PROBLEMS, Maker, Problem
+from .merge_states import LN2, Comparison, cause_of, folded
 
 _NAME = "assert_merges"
 _MOST_NAMES = 3
@@ -132,19 +132,12 @@ def assert_merges(
 
 @dataclass(frozen=True)
 class _Judge:
-    """Merges, and compares with what all keys give.
+    """Merges, and compares with what all keys give."""
 
-    Attributes:
-        merge: What merges.
-        empty: What is declared of a row that no part has a key for.
-        assumed: What was assumed of how it is called.
-        maker: Makes the states.
-    """
-
-    merge: Merge
-    empty: DeclaredFullyMasked
-    assumed: str | None
-    maker: Maker
+    merge: Merge  # What merges
+    empty: DeclaredFullyMasked  # What is declared of a row that no part has a key for
+    assumed: str | None  # What was assumed of how it is called
+    maker: Maker  # Makes the states
 
     def compared(
         self, problem: Problem, outs: list[Tensor], lses: list[Tensor]
@@ -197,18 +190,13 @@ class _Judge:
         assert found is not None
         rows = one.judged if of_lse else one.judged.unsqueeze(-1).expand(out.shape)
         raise Failure(
-            _NAME,
-            claim,
-            broken=int(broken.sum()),
-            of=int(rows.sum()),
+            _NAME, claim, broken=int(broken.sum()), of=int(rows.sum()),
             worst=self._place("lse" if of_lse else "output", found, one, broken),
             cause=cause_of(every),
             cases=f"{len(wrong)} of {len(every)} merges are wrong: {named}; here {one.words}",
-            assumed=self.assumed,
-            tensor=Checked.of(one.outs[0]),
-            repeat=f"seed={self.maker.seed}",
+            assumed=self.assumed, tensor=Checked.of(one.outs[0]), repeat=f"seed={self.maker.seed}",
             again=lambda: self._merged(one.outs, one.lses, one.order),
-        )
+        )  # fmt: skip
 
     def _place(self, name: str, found: Tensor, one: Comparison, broken: Tensor) -> Place:
         exact, allowed = one.exact[name == "lse"], one.allowed(*one.exact)[name == "lse"]
@@ -233,16 +221,11 @@ class _Judge:
         if not of_out:
             claim, wrong = "log-sum-exps of attention are not what its own parts come to", wrong_lse
         raise Failure(
-            _NAME,
-            f"{claim}, merged exactly",
-            broken=int(wrong.sum()),
-            of=wrong.numel(),
+            _NAME, f"{claim}, merged exactly", broken=int(wrong.sum()), of=wrong.numel(),
             cause=added.cause(),
             cases=f"{problem.name}, keys in parts of {' + '.join(map(str, problem.sizes))}",
-            assumed=self.assumed,
-            tensor=Checked.of(outs[0]),
-            repeat=f"seed={self.maker.seed}",
-        )
+            assumed=self.assumed, tensor=Checked.of(outs[0]), repeat=f"seed={self.maker.seed}",
+        )  # fmt: skip
 
     def check_gradients(self, every: Sequence[Comparison]) -> None:
         """Raise a Failure where a gradient of the merge is not that of the formulas above."""
@@ -257,11 +240,7 @@ class _Judge:
     def _gradients(
         self, one: Comparison
     ) -> list[tuple[str, list[Tensor | None], Tensor, Tensor]] | None:
-        """The gradients by name, what they should be, and how far they may be off.
-
-        Returns:
-            Those of the outputs and of the log-sum-exps, of all parts; None if there are none.
-        """
+        """The gradients by name, what they should be, and how far they may be off; None if none."""
         leaves = [leaf.detach().clone().requires_grad_() for leaf in (*one.outs, *one.lses)]
         count = len(one.outs)
         with torch.enable_grad():

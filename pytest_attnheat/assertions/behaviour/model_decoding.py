@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.sequences import (
-    CachedDecoding,
-    decoded,
-    refuse_unused_cache,
-)
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
-from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.inputs import misuse
+from ...attention.vocabulary import Alignment
+from ...inputs import misuse
+from .inside import Inside
+from .models import ModelSubject, Subject
+from .sequences import CachedDecoding, decoded, refuse_unused_cache
+from .subject import begin, differ, holds, output_place
 
 # How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
 MOST_SINGLE_TOKENS = 128
@@ -27,15 +23,10 @@ MOST_PREFIXES = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How a sequence is cut into chunks.
+    """How a sequence is cut into chunks."""
 
-    Attributes:
-        sizes: The size of each chunk.
-        words: The same as part of a sentence.
-    """
-
-    sizes: list[int]
-    words: str
+    sizes: list[int]  # The size of each chunk
+    words: str  # The same as part of a sentence
 
     @property
     def steps(self) -> list[range]:
@@ -52,11 +43,7 @@ class Plan:
         return f"{output_place(index)}, {name_tokens(self.step_of(index[-1]), index[-1])},"
 
     def cause_of_bits(self, rows: Tensor) -> str | None:
-        """Say which sizes of chunks have other bits than the prefill, if others have not.
-
-        Args:
-            rows: Which rows differ, (..., length).
-        """
+        """Say which sizes of chunks have other bits than the prefill, if others have not."""
         off = set(tokens_off(rows))
         sizes = {len(step) for step in self.steps if not off.isdisjoint(step)}
         same = {len(step) for step in self.steps if off.isdisjoint(step)} - sizes
@@ -79,23 +66,14 @@ def name_tokens(step: range, token: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known when an output differs.
+    """What is known when an output differs."""
 
-    Attributes:
-        plan: How the sequence was cut.
-        decoded: (..., length, width), in chunks.
-        whole: The same at once.
-        allowed: By what part of its size a row may differ.
-        singles_are_right: Whether decoding token by token gave the right outputs before.
-        judged: (..., length): the rows that mean something; None for all.
-    """
-
-    plan: Plan
-    decoded: Tensor
-    whole: Tensor
-    allowed: float
-    singles_are_right: bool
-    judged: Tensor | None = None
+    plan: Plan  # How the sequence was cut
+    decoded: Tensor  # (..., length, width), in chunks
+    whole: Tensor  # The same at once
+    allowed: float  # By what part of its size a row may differ
+    singles_are_right: bool  # Whether decoding token by token gave the right outputs before
+    judged: Tensor | None = None  # (..., length): the rows that mean something; None for all
 
     def is_explained_by(self, candidate: Callable[[], Tensor], step: range) -> bool:
         """Whether the outputs of a chunk are those of a candidate (..., chunk, width)."""
@@ -116,17 +94,11 @@ def tokens_off(broken: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Code under test that is given chunk after chunk.
+    """Code under test that is given chunk after chunk."""
 
-    Attributes:
-        subject: The code, all inputs, and further arguments.
-        how: What decoding is done with, as part of a sentence.
-        most_single: How many tokens are decoded one by one.
-    """
-
-    subject: Subject
-    how: str
-    most_single: int
+    subject: Subject  # The code, all inputs, and further arguments
+    how: str  # What decoding is done with, as part of a sentence
+    most_single: int  # How many tokens are decoded one by one
 
     def decode(self, steps: Sequence[range]) -> Tensor:
         """Return the outputs (..., length, width), each chunk with all that comes before it."""
@@ -137,12 +109,7 @@ class Decoder:
         raise NotImplementedError
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
-        """Say why they differ, where the numbers show it.
-
-        Args:
-            evidence: What is known.
-            broken: Which rows are off, (..., length).
-        """
+        """Say why they differ, where the numbers show it."""
         raise NotImplementedError
 
 
@@ -169,14 +136,10 @@ def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> ModelDe
 
 @dataclass(frozen=True)
 class ModelDecoder(Decoder):
-    """A sequence model that is given chunk after chunk with its cache, or longer prefixes.
-
-    Attributes:
-        has_cache: Whether it decodes with a cache.
-    """
+    """A sequence model that is given chunk after chunk with its cache, or longer prefixes."""
 
     subject: ModelSubject
-    has_cache: bool
+    has_cache: bool  # Whether it decodes with a cache
 
     def decode(self, steps: Sequence[range]) -> Tensor:
         """Return the output (batch, length, width) in chunks."""

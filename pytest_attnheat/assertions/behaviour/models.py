@@ -10,10 +10,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
-from pytest_attnheat.assertions.behaviour.visibility import (
+from ...attention.reference import causal_mask, read_lengths
+from ...attention.tolerance import output_tolerance
+from ...attention.vocabulary import Side
+from ...callables import copied, modules_in
+from ...inputs import misuse
+from .functions import AttentionFunction, permitted
+from .sequences import SequenceModel, check_takes_mask
+from .subject import begin, differ, holds, output_place
+from .visibility import (
     Claim,
     Embedded,
     Padding,
@@ -31,11 +36,6 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.reference import causal_mask, read_lengths
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.callables import copied, modules_in
-from pytest_attnheat.inputs import misuse
 
 # A call of so many multiplications is cheap; attention takes so many for each pair of tokens.
 _CHEAP, _PER_TOKEN = 2**27, 64
@@ -43,23 +43,15 @@ _CHEAP, _PER_TOKEN = 2**27, 64
 
 @dataclass(frozen=True)
 class ModelSubject:
-    """A sequence model, its inputs and how it is called: a `Subject`.
+    """A sequence model, its inputs and how it is called: a `Subject`."""
 
-    Attributes:
-        model: How the module is called.
-        inputs: (batch, length, width) floats or (batch, length) token ids.
-        arguments: Further keyword arguments of every call.
-        real: Boolean (batch, length), True where a token is no padding; None for no mask.
-        positions: (batch, length), of each token; None where the model finds them itself.
-        seed: Where each call starts its random numbers; None: from where they are.
-    """
-
-    model: SequenceModel
-    inputs: Tensor
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    model: SequenceModel  # How the module is called
+    inputs: Tensor  # (batch, length, width) floats or (batch, length) token ids
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # Further keyword arguments
+    # Boolean (batch, length), True where a token is no padding; None for no mask
     real: Tensor | None = None
-    positions: Tensor | None = None
-    seed: int | None = None
+    positions: Tensor | None = None  # (batch, length); None where the model finds them itself
+    seed: int | None = None  # Where each call starts its random numbers; None: from where they are
 
     group = 1
     scale = None
@@ -179,19 +171,11 @@ class ModelSubject:
         return "the order of tokens is felt: position embeddings, or rotary or relative positions?"
 
     def along(self, name: str, *, square: bool = False) -> tuple[int, ...]:
-        """Which dimensions of a tensor argument are those of the sequence.
-
-        The second of (batch, length, ...), the last two of (..., length, length), the last of a
-        mask (length,), (batch, 1, length) or (batch, 1, 1, length). A width that happens to be as
-        large as the sequence is long, as that of a memory (batch, other length, width), is none.
-
-        Args:
-            name: Its name.
-            square: Whether (length, length) is meant where (batch, length) is as large.
-
-        Raises:
-            ValueError: The last dimension may be the length as well as a width.
-        """
+        """Which dimensions of a tensor argument are those of the sequence."""
+        # The second of (batch, length, ...), the last two of (..., length, length), the last of a
+        # mask (length,), (batch, 1, length) or (batch, 1, 1, length); (length, length) is `square`
+        # where (batch, length) is as large. A width that happens to be as large as the sequence is
+        # long, as that of a memory (batch, other length, width), is none.
         argument: Tensor = (self.arguments if square else self._arguments())[name]
         if name in self._of_memory:
             return ()
@@ -271,11 +255,7 @@ class ModelSubject:
         )
 
     def padded_as(self, lengths: object, side: Side, causal: bool = False) -> ModelSubject:
-        """The same with so many real tokens, of which it is told.
-
-        Raises:
-            ValueError: No sample has padding, or it takes no mask and needs one.
-        """
+        """The same with so many real tokens, of which it is told."""
         given = self.as_lengths(lengths)
         if min(given) == self.length:
             accepted = f"at least one of them less than {self.length}, or there is no padding"
@@ -315,12 +295,7 @@ class ModelSubject:
         return [size_of(torch.stack(parts).sum(0)) for parts in found]
 
     def as_lengths(self, lengths: object) -> list[int]:
-        """Return how many tokens of each sample are real; all for None.
-
-        Raises:
-            TypeError: The lengths are not whole numbers.
-            ValueError: There is not one for each sample, or one is not in 1 to the length.
-        """
+        """Return how many tokens of each sample are real, 1 to the length; all for None."""
         if lengths is None:
             return [self.length] * self.batch
         given = read_lengths(lengths, self.length, batch=self.batch)

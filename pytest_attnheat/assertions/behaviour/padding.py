@@ -10,24 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
-from pytest_attnheat.assertions.behaviour.memory import memory_of
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    check_relative,
-    check_rows,
-    coarsest,
-    differ,
-    holds,
-    output_place,
-    settled,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Padding, Told
-from pytest_attnheat.attention.vocabulary import SIDES, Side
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import check_number, misuse, positive
+from ...attention.vocabulary import SIDES, Side
+from ...callables import borrowed
+from ...inputs import check_number, misuse, positive
+from .inside import Inside
+from .invariance import RANDOM_CAUSE
+from .memory import memory_of
+from .models import ModelSubject, Subject
+from .reading import as_subject
+from .subject import check_relative, check_rows, coarsest, differ, holds, output_place, settled
+from .visibility import Padding, Told
 
 _NAME = "assert_padding_invariant"
 
@@ -93,12 +85,9 @@ def assert_padding_invariant(
     amount = positive("amount", amount)
     value = None if padding_value is None else check_number(padding_value, "padding_value")
     called = as_subject(
-        subject,
-        inputs,
-        arguments,
-        lengths if len(inputs) == 3 else None,
+        subject, inputs, arguments, lengths if len(inputs) == 3 else None,
         seed=seed if training else None,
-    )
+    )  # fmt: skip
     called = memory_of(called) or called
     if isinstance(called, ModelSubject):
         given = called.model.sides if sides is None else given
@@ -125,19 +114,12 @@ def _sides(sides: object) -> tuple[Side, ...]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A subject with padding on one side.
+    """A subject with padding on one side."""
 
-    Attributes:
-        subject: The subject without it.
-        padding: The padding.
-        allowed: By what part of its size a row may change.
-        alone: Outputs without padding, by whether positions are told.
-    """
-
-    subject: Subject
-    padding: Padding
-    allowed: float
-    alone: dict[bool, Tensor]
+    subject: Subject  # The subject without it
+    padding: Padding  # The padding
+    allowed: float  # By what part of its size a row may change
+    alone: dict[bool, Tensor]  # Outputs without padding, by whether positions are told
 
     @property
     def expected(self) -> Tensor:
@@ -189,17 +171,11 @@ class _Trial:
         __tracebackhide__ = True
         got = self.run()
         check_rows(
-            _NAME,
-            got,
-            self.expected,
-            claim=self.subject.name_padding(self.padding),
-            allowed=self.allowed,
-            judged=self.padded.judged(),
-            place=self._place,
+            _NAME, got, self.expected, claim=self.subject.name_padding(self.padding),
+            allowed=self.allowed, judged=self.padded.judged(), place=self._place,
             cause=lambda _: RANDOM_CAUSE if training else self._cause(got, sides),
-            repeat=f"seed={self.padding.seed}",
-            again=self.run,
-        )
+            repeat=f"seed={self.padding.seed}", again=self.run,
+        )  # fmt: skip
 
     def _place(self, index: tuple[int, ...]) -> str:
         model = self._model

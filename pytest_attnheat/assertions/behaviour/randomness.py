@@ -13,13 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights, why_factor
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import check_count, check_rows, relative_change
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import (
+from ...attention.tolerance import output_tolerance
+from ...callables import (
     borrowed,
     identical,
     modules_in,
@@ -27,8 +22,13 @@ from pytest_attnheat.callables import (
     random_states,
     seed_everything,
 )
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
+from ...failure import Checked, Failure, Place
+from ...inputs import check_number, misuse, positive, seed_number
+from .dropout import check_dropout_of_weights, why_factor
+from .functions import AttentionFunction
+from .models import Subject
+from .reading import as_subject
+from .subject import check_count, check_rows, relative_change
 
 _NAME = "assert_deterministic"
 _STANDARD_ERRORS = 5
@@ -127,22 +127,15 @@ def assert_deterministic(
 
 @dataclass(frozen=True)
 class _Call:
-    """A subject whose mode can be set.
+    """A subject whose mode can be set."""
 
-    Attributes:
-        called: The subject.
-        modules: The modules that it is or holds.
-    """
-
-    called: Subject
-    modules: list[nn.Module]
+    called: Subject  # The subject
+    modules: list[nn.Module]  # The modules that it is or holds
 
     def run(self) -> Tensor:
-        """Call it."""
         return self.called.run()
 
     def train(self, mode: bool) -> None:
-        """Set the mode of all modules."""
         for module in self.modules:
             module.train(mode)
 
@@ -187,14 +180,10 @@ def _check_repeats(call: _Call, seed: int) -> Tensor:
     reseeded = call.run()
     for when, again in (("from one call to the next", following), ("with the seed", reseeded)):
         check_rows(
-            _NAME,
-            *_without_equal_nans(again, first),
-            claim=f"outputs change {when}, {call.mode}",
-            allowed=0.0,
-            cause=lambda _: _why_random(call, seed),
-            repeat=f"seed={seed}",
+            _NAME, *_without_equal_nans(again, first), claim=f"outputs change {when}, {call.mode}",
+            allowed=0.0, cause=lambda _: _why_random(call), repeat=f"seed={seed}",
             again=call.run,
-        )
+        )  # fmt: skip
     return first
 
 
@@ -212,7 +201,7 @@ def _without_equal_nans(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.masked_fill(same, 0.0), b.masked_fill(same, 0.0)
 
 
-def _why_random(call: _Call, seed: int) -> str:
+def _why_random(call: _Call) -> str:
     states = [_random_state()]
     with _noting_who_draws(call.modules) as drawing:
         call.run()
@@ -308,11 +297,9 @@ def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
 
 
 def _probabilities(modules: Sequence[nn.Module]) -> tuple[dict[str, float], list[float]]:
-    """With what probability each layer drops, by its path; and other numbers named like dropout.
-
-    A layer that never drops says nothing of dropout that is done by a function beside it, of
-    which a module keeps the probability as `self.attention_dropout`.
-    """
+    """With what probability each layer drops, by its path; and other numbers named like dropout."""
+    # A layer that never drops says nothing of dropout that is done by a function beside it, of
+    # which a module keeps the probability as `self.attention_dropout`.
     layers: dict[str, float] = {}
     others: list[float] = []
     for path, part in (named for module in modules for named in module.named_modules()):
@@ -332,11 +319,9 @@ def _probabilities(modules: Sequence[nn.Module]) -> tuple[dict[str, float], list
 
 
 def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
-    """Check that the mean in training mode is the output in evaluation mode.
-
-    It compares one number: how much of the output of evaluation mode there is in that of
-    training mode. It is a sum over all outputs, and so close to normally distributed.
-    """
+    """Check that the mean in training mode is the output in evaluation mode."""
+    # It compares one number: how much of the output of evaluation mode there is in that of training
+    # mode. It is a sum over all outputs, and so close to normally distributed.
     __tracebackhide__ = True
     wanted = evaluated.double().flatten()
     size = wanted.square().sum()
@@ -359,11 +344,7 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
         return
     off = f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})"
     raise Failure(
-        _NAME,
-        f"the mean over {runs} calls in training mode is not the output in evaluation mode",
-        worst=Place(off, value=mean),
-        cause=why_factor(mean / (1 - share), share, error / mean),
-        tensor=Checked.of(evaluated),
-        tolerance=allowed,
-        repeat=f"seed={seed}",
-    )
+        _NAME, f"the mean over {runs} calls in training mode is not the output in evaluation mode",
+        worst=Place(off, value=mean), cause=why_factor(mean / (1 - share), share, error / mean),
+        tensor=Checked.of(evaluated), tolerance=allowed, repeat=f"seed={seed}",
+    )  # fmt: skip

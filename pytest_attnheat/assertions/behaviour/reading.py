@@ -10,19 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.sequences import (
-    Multihead,
-    SequenceModel,
-    check_takes_mask,
-    recognise,
-)
-from pytest_attnheat.assertions.behaviour.subject import Described, as_input
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.scoring import leading_shape
-from pytest_attnheat.callables import copied
-from pytest_attnheat.inputs import misuse
+from ...attention.reference import padding_mask
+from ...attention.scoring import leading_shape
+from ...callables import copied
+from ...inputs import misuse
+from .functions import MASK, AttentionFunction
+from .models import ModelSubject, Subject
+from .sequences import Multihead, SequenceModel, check_takes_mask, recognise
+from .subject import Described, as_input
 
 # Of a function with too many weights, heads and keys are cut to so many.
 _MOST_HEADS, _MOST_KEYS = 8, 256
@@ -31,23 +26,16 @@ _TOGETHER = "query, key and value"
 
 
 def as_subject(
-    subject: object,
-    inputs: Sequence[object],
-    arguments: Mapping[str, Any],
+    subject: object,  # An attention function or a sequence model
+    inputs: Sequence[object],  # Its positional inputs
+    arguments: Mapping[str, Any],  # Its keyword arguments
+    # How many tokens of each sample are real, (batch,); the rest is padding on the right. None for
+    # no mask. For sequence models only.
     lengths: object = None,
     *,
-    seed: int | None = None,
+    seed: int | None = None,  # Where each call starts its random numbers; None: from where they are
 ) -> Subject:
-    """Return a subject with its inputs: three are query, key and value, one is a sequence.
-
-    Args:
-        subject: An attention function or a sequence model.
-        inputs: Its positional inputs.
-        arguments: Its keyword arguments.
-        lengths: How many tokens of each sample are real, (batch,); the rest is padding on the
-            right. None for no mask. For sequence models only.
-        seed: Where each call starts its random numbers; None: from where they are.
-    """
+    """Return a subject with its inputs: three are query, key and value, one is a sequence."""
     if len(inputs) == 3 and not isinstance(subject, SequenceModel):
         if lengths is not None:
             accepted = "None for an attention function, which is told of padding by attn_mask"
@@ -164,10 +152,8 @@ def as_sequence(
 
 
 def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
-    """Return a function with a part of its inputs, about so many weights, if all have more.
-
-    All inputs are kept where it is not known how to cut them, or the function refuses a part.
-    """
+    """Return a function with a part of its inputs, about so many weights, if all have more."""
+    # All inputs are kept where it is not known how to cut them, or the function refuses a part.
     query, key = function.query, function.key
     others = [v for name, v in function.arguments.items() if name != MASK]
     if query[..., 0].numel() * key.shape[-2] <= most:
@@ -183,10 +169,8 @@ def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
 
 
 def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
-    """Keep some batch entries, heads, queries and keys.
-
-    Keys are kept together if a mask is given: a query might be left without any.
-    """
+    """Keep some batch entries, heads, queries and keys."""
+    # Keys are kept together if a mask is given: a query might be left without any.
     query, key, arguments = function.query, function.key, dict(function.arguments)
     mask, is_causal = function.mask, bool(arguments.get("is_causal"))
     keys = key.shape[-2] if mask is not None else min(key.shape[-2], _MOST_KEYS)
@@ -209,21 +193,13 @@ def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
         some = mask[..., rows.to(mask.device), :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
         arguments[MASK] = _corner(some, kept)
     return replace(
-        function,
-        query=_corner(query[..., rows, :], kept),
-        key=_corner(key[..., :keys, :], own),
-        value=_corner(function.value[..., :keys, :], own),
-        arguments=arguments,
-    )
+        function, query=_corner(query[..., rows, :], kept), key=_corner(key[..., :keys, :], own),
+        value=_corner(function.value[..., :keys, :], own), arguments=arguments,
+    )  # fmt: skip
 
 
 def _corner(tensor: Tensor, leading: list[int]) -> Tensor:
-    """Keep the first entries along each leading dimension that the tensor is not broadcast along.
-
-    Args:
-        tensor: (..., length, width), maybe with fewer leading dimensions.
-        leading: How many entries to keep along each.
-    """
+    """Keep the first entries along each leading dimension that it is not broadcast along."""
     for dim, size in zip(range(-3, -tensor.ndim - 1, -1), reversed(leading), strict=False):
         if tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, size)

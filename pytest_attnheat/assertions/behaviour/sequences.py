@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import MASK_MEANINGS, SIDES, MaskMeaning, Side
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.inputs import misuse, one_of
+from ...attention.reference import causal_mask
+from ...attention.vocabulary import MASK_MEANINGS, SIDES, MaskMeaning, Side
+from ...callables import parameters_of
+from ...inputs import misuse, one_of
 
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -195,13 +195,7 @@ def _parameters(model: SequenceModel) -> str:
 
 
 def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> Tensor:
-    """Return a boolean mask, True where a query may attend, as a subject reads it.
-
-    Args:
-        mask: The mask.
-        meaning: What the subject takes a mask to mean; None for one that takes none, as it is.
-        dtype: That of an additive mask.
-    """
+    """Return a boolean mask, True where a query may attend, as a subject reads it."""
     if meaning == "drop":
         return ~mask
     if meaning == "additive":
@@ -340,10 +334,8 @@ class CachedDecoding:
         self._name = next((name for name in _CACHES if name in taken), _CACHES[-1])
 
     def __call__(self, inputs: Tensor, cache: Any, **arguments: Any) -> tuple[Any, Any]:
-        """Run the model on a chunk and return what it returned, with its cache.
-
-        A caller's `use_cache` and `return_dict` are overridden: the cache is needed here.
-        """
+        """Run the model on a chunk and return what it returned, with its cache."""
+        # A caller's `use_cache` and `return_dict` are overridden: the cache is needed here.
         arguments = {**arguments, self._name: cache, "use_cache": True}
         if "return_dict" in arguments:  # Not passed unasked: not every model takes it.
             arguments["return_dict"] = True
@@ -404,11 +396,7 @@ def decode_takes(model: SequenceModel) -> bool:
 
 
 def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:
-    """Call `decode` and return its output and cache.
-
-    Raises:
-        TypeError: It takes or returns something else.
-    """
+    """Call `decode` and return its output and cache."""
     try:
         inspect.signature(decode).bind(chunk, cache, **arguments)
     except TypeError as error:

@@ -22,14 +22,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.bitwise import check_bits, differing_bits
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.outcomes import rms
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import identical, modules_in, parameters_of, seed_all
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import check_tolerance, misuse
+from ...attention.call import Call
+from ...attention.chunks import index_of
+from ...attention.outcomes import rms
+from ...attention.tolerance import output_tolerance
+from ...callables import identical, modules_in, parameters_of, seed_all
+from ...failure import Checked, Failure, Place
+from ...inputs import check_tolerance, misuse
+from .bitwise import check_bits, differing_bits
 
 
 def check_count(inputs: Sequence[object], assertion: str) -> None:
@@ -67,15 +67,9 @@ def begin(seed: int | None) -> None:
 def settled(
     subject: object, call: Callable[[], Tensor], *, training: bool, seed: int, exact: bool = False
 ) -> Tensor:
-    """Return what a call of a subject gives, but refuse one that answers at random.
-
-    Args:
-        subject: What is called, for the names in the error.
-        call: Calls it.
-        training: Whether the caller allows randomness: then every call starts from `seed`.
-        seed: That seed.
-        exact: Whether bits are judged: what two calls differ by in rounding is then no refusal.
-    """
+    """Return what a call of a subject gives, but refuse one that answers at random."""
+    # In training it may: then each call starts from `seed`. Where bits are judged (`exact`), what
+    # two calls differ by in rounding is no refusal.
     begin(seed if training else None)
     first = call()
     begin(seed if training else None)
@@ -111,11 +105,7 @@ def _random_subject(subject: object) -> str:
 
 
 def coarsest(*tensors: Tensor) -> torch.dtype:
-    """The coarsest dtype that an output may have been computed in: its own, or that of autocast.
-
-    Args:
-        *tensors: The output, and the inputs of floats.
-    """
+    """The coarsest dtype that an output may have been computed in: its own, or that of autocast."""
     dtypes = [tensor.dtype for tensor in tensors]
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -164,9 +154,9 @@ def of_the_first(of_queries: Tensor, group: int, *, dim: int = -2) -> Tensor:
     return of_queries if group == 1 else _grouped(of_queries, group, dim).select(dim, 0)
 
 
-def of_any(of_queries: Tensor, group: int, *, dim: int = -2) -> Tensor:
+def of_any(of_queries: Tensor, group: int) -> Tensor:
     """Tell what is true of any of the query heads that share their keys."""
-    return of_queries if group == 1 else _grouped(of_queries, group, dim).any(dim)
+    return of_queries if group == 1 else _grouped(of_queries, group, -2).any(-2)
 
 
 def _grouped(of_queries: Tensor, group: int, dim: int) -> Tensor:
@@ -182,16 +172,9 @@ def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = Fals
 
 
 def relative_change(got: Tensor, expected: Tensor, *, floor: float | Tensor = 0.0) -> Tensor:
-    """Return by what part of its size each row of `got` is off.
-
-    Args:
-        got: (..., length, width)
-        expected: The same shape, on any device.
-        floor: The size that a row has at least, where all of them may be nothing but rounding.
-
-    Returns:
-        (..., length) in float64. A row with NaN or inf is off by inf, also where both have it.
-    """
+    """Return by what part of its size each row of `got` (..., length, width) is off, in float64."""
+    # A row with NaN or inf is off by inf, also where both have it. `floor`: the size that a row has
+    # at least, where all of them may be nothing but rounding.
     wanted = expected.detach().to(got.device, torch.float64)
     size = rms(wanted)
     usual = size.masked_fill(size.isinf(), torch.nan).nanmedian().nan_to_num(nan=0.0)
@@ -203,43 +186,27 @@ def relative_change(got: Tensor, expected: Tensor, *, floor: float | Tensor = 0.
 
 def check_rows(
     assertion: str,
-    got: Tensor,
-    expected: Tensor,
+    got: Tensor,  # (..., length, width)
+    expected: Tensor,  # The same shape
     *,
+    # What broken rows do, for instance "outputs change with the padding"; or what says so, from the
+    # relative changes (..., length), 0 where not judged
     claim: str | Callable[[Tensor], str],
-    allowed: float | Tensor,
-    judged: Tensor | None = None,
-    may_be_none: bool = False,
-    floor: float | Tensor = 0.0,
-    place: Callable[[tuple[int, ...]], str] | None = None,
-    cause: Callable[[Tensor], str | None] | None = None,
+    allowed: float | Tensor,  # The largest relative change of a row
+    judged: Tensor | None = None,  # Which rows are judged, boolean (..., length); all by default
+    may_be_none: bool = False,  # Whether it is right that no row is judged
+    floor: float | Tensor = 0.0,  # The size that a row has at least, see `relative_change`
+    place: Callable[[tuple[int, ...]], str] | None = None,  # Names a row by its index
+    cause: Callable[[Tensor], str | None] | None = None,  # Looks for a likely cause
+    # Whether every element must be bitwise the same; `allowed` then says what would be rounding
+    # alone, see `bitwise`
     exact: bool = False,
-    cause_of_bits: Callable[[Tensor], str | None] | None = None,
-    repeat: str | None = None,
-    again: Callable[[], object] | None = None,
+    cause_of_bits: Callable[[Tensor], str | None] | None = None,  # Looks at rows that differ
+    repeat: str | None = None,  # What it takes to see the same again
+    again: Callable[[], object] | None = None,  # Makes the call once more that gave `got`
 ) -> None:
-    """Raise a Failure if any judged row of `got` is not what is expected.
-
-    As long as none is, the host reads once from the device.
-
-    Args:
-        assertion: Its name.
-        got: (..., length, width)
-        expected: The same shape.
-        claim: What broken rows do, for instance "outputs change with the padding"; or what says
-            so, from the relative changes (..., length), 0 where not judged.
-        allowed: The largest relative change of a row.
-        judged: Which rows are judged, boolean (..., length); all by default.
-        may_be_none: Whether it is right that no row is judged.
-        floor: The size that a row has at least, see `relative_change`.
-        place: Names a row by its index; "output[0, 3]" by default.
-        cause: Looks at the same changes for a likely cause.
-        exact: Whether every element must be bitwise the same; `allowed` then says what would be
-            rounding alone, see `bitwise`.
-        cause_of_bits: What looks for a cause of that, from the rows that differ.
-        repeat: What it takes to see the same again.
-        again: Makes the call once more that gave `got`.
-    """
+    """Raise a Failure if any judged row of `got` is not what is expected."""
+    # As long as none is, the host reads once from the device.
     __tracebackhide__ = True
     compared = _without_equal_infinities(got, expected) if exact else (got, expected)
     change = relative_change(*compared, floor=floor)
@@ -270,18 +237,12 @@ def check_rows(
         return Place(said, index, float(change[index]))
 
     raise Failure(
-        assertion,
-        claim if isinstance(claim, str) else claim(change),
-        broken=wrong,
-        of=counted,
+        assertion, claim if isinstance(claim, str) else claim(change), broken=wrong, of=counted,
         worst=placed(worst, f" (allowed {limit:.1e})"),
         first=None if first == worst else placed(first),
-        cause=cause(change) if cause is not None else None,
-        tensor=Checked.of(got),
-        tolerance=limit,
-        repeat=repeat,
-        again=again,
-    )
+        cause=cause(change) if cause is not None else None, tensor=Checked.of(got), tolerance=limit,
+        repeat=repeat, again=again,
+    )  # fmt: skip
 
 
 def _without_equal_infinities(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,10 +274,8 @@ class Compared:
 def check_each(
     assertion: str, compared: Iterable[Compared], *, allowed: float, exact: bool
 ) -> None:
-    """Check one pair of outputs after the other, see `check_rows`.
-
-    Where bits count, what is wrong by more than rounding is told before what is not.
-    """
+    """Check one pair of outputs after the other, see `check_rows`."""
+    # Where bits count, what is wrong by more than rounding is told before what is not.
     __tracebackhide__ = True
     if exact:
         compared = sorted(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal, TypeAlias
 
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import Alignment, Side
-from pytest_attnheat.inputs import misuse
+from ...attention.chunks import query_chunks
+from ...attention.reference import padding_mask
+from ...attention.scoring import draw
+from ...attention.vocabulary import Alignment, Side
+from ...inputs import misuse
 
 # Replaced inputs are as large as the given ones, or larger by this factor.
 LARGER = 8.0
@@ -50,37 +51,22 @@ class Stated:
 
 @dataclass(frozen=True)
 class Rule:
-    """One reason why an observer may not see an element.
+    """One reason why an observer may not see an element."""
 
-    Attributes:
-        allowed: Boolean, broadcastable to `may_see`.
-        because: Says why not.
-    """
-
-    allowed: Tensor
-    because: Because
+    allowed: Tensor  # Boolean, broadcastable to `may_see`
+    because: Because  # Says why not
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What each observer may see.
+    """What each observer may see."""
 
-    Attributes:
-        may_see: (*leading, query_len, key_len), boolean.
-        judged: (*leading, query_len): the observers whose output means something.
-        rules: Why an observer may not see an element, in the order in which they are named.
-        may_be_causal: What to say where outputs see nothing of their future, but may; "" where
-            nothing is their future.
-        assumed: What is claimed where the caller said nothing; None where something was said.
-        must_see: Whether what may be seen has to be seen.
-    """
-
-    may_see: Tensor
-    judged: Tensor
-    rules: Sequence[Rule]
-    may_be_causal: str
-    assumed: str | None = None
-    must_see: bool = True
+    may_see: Tensor  # (*leading, query_len, key_len), boolean
+    judged: Tensor  # (*leading, query_len): the observers whose output means something
+    rules: Sequence[Rule]  # Why an observer may not see an element, in the order of naming
+    may_be_causal: str  # What to say where outputs see nothing of their future, but may, or ""
+    assumed: str | None = None  # What is claimed where the caller said nothing, or None
+    must_see: bool = True  # Whether what may be seen has to be seen
 
     @classmethod
     def of(
@@ -136,12 +122,7 @@ def of_document(documents: Tensor) -> Because:
 
 
 def as_documents(documents: object, shape: tuple[int, int]) -> Tensor:
-    """Return the document of each token, (batch, length).
-
-    Raises:
-        TypeError: Not a tensor of whole numbers.
-        ValueError: It does not broadcast to the shape.
-    """
+    """Return the document of each token, (batch, length)."""
     accepted = f"a tensor of whole numbers that broadcasts to (batch, length) {shape}"
     if not isinstance(documents, Tensor) or documents.is_floating_point():
         given = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
@@ -155,44 +136,29 @@ def as_documents(documents: object, shape: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Other content for some inputs of a subject.
+    """Other content for some inputs of a subject."""
 
-    Attributes:
-        elements: Which, boolean (*leading of the keys, key_len), or None.
-        queries: Boolean (*leading, query_len), or None; a sequence model has none.
-        content: By what: `"same"` or `"larger"` size, or `"nan"`.
-        like: An element that gets the attention. The keys are replaced by its key, so that they get
-            as much; what a sequence model gets is only drawn anew.
-        towards: An observer per batch entry and head, (*leading): the keys are made such that its
-            query gives them all attention. For a sequence model as without.
-    """
-
-    elements: Tensor | None
-    queries: Tensor | None = None
-    content: str = "same"
+    elements: Tensor | None  # Which, boolean (*leading of the keys, key_len), or None
+    queries: Tensor | None = None  # Boolean (*leading, query_len), or None, as of a model
+    content: str = "same"  # By what: `"same"` or `"larger"` size, or `"nan"`
+    # An element that gets the attention. The keys are replaced by its key, so that they get as
+    # much; what a sequence model gets is only drawn anew.
     like: int | None = None
+    # An observer per batch entry and head, (*leading): the keys are made such that its query gives
+    # them all attention. For a sequence model as without.
     towards: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Padding on one side, and what it holds.
+    """Padding on one side, and what it holds."""
 
-    Attributes:
-        side: The side.
-        total: How many elements there are with it.
-        lengths: How many tokens of each sample are real; nothing for an attention function.
-        value: What it holds; None for numbers drawn from the seed.
-        seed: That seed.
-        scale: How much larger than the inputs they are.
-    """
-
-    side: Side
-    total: int
-    lengths: Sequence[int]
-    value: float | None
-    seed: int
-    scale: float = _SCALES[0]
+    side: Side  # The side
+    total: int  # How many elements there are with it
+    lengths: Sequence[int]  # Real tokens of each sample; nothing for an attention function
+    value: float | None  # What it holds; None for numbers drawn from the seed
+    seed: int  # That seed
+    scale: float = _SCALES[0]  # How much larger than the inputs they are
 
     def each(self) -> Iterator[Padding]:
         """The same at every scale, or once if it holds one value."""
@@ -279,28 +245,17 @@ def _same(ids: Tensor, given: Tensor) -> bool:
 def gradients(
     output: Tensor, sources: Sequence[Tensor], observers: Iterable[Tensor]
 ) -> list[list[Tensor]]:
-    """The gradients of the chosen rows of the output, channels added up with random signs.
-
-    Equal signs would not do: a layer norm at the end adds up to a constant.
-    """
+    """The gradients of the chosen rows of the output, channels added up with random signs."""
+    # Equal signs would not do: a layer norm at the end adds up to a constant.
     if not output.requires_grad:
         raise RuntimeError("the output has no gradient")
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (output.shape[-1],), generator=generator) * 2 - 1
     # Small gradients of float16 would be rounded to zero.
     signs = signs.to(output) * (64.0 if output.dtype == torch.float16 else 1.0)
-    return [
-        list(
-            torch.autograd.grad(
-                output,
-                list(sources),
-                chosen.unsqueeze(-1).to(output.dtype) * signs,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
-        for chosen in observers
-    ]
+    of = partial(torch.autograd.grad, output, list(sources), retain_graph=True)
+    rows = (chosen.unsqueeze(-1).to(output.dtype) * signs for chosen in observers)
+    return [list(of(row, materialize_grads=True)) for row in rows]
 
 
 def size_of(gradient: Tensor) -> Tensor:
@@ -309,15 +264,7 @@ def size_of(gradient: Tensor) -> Tensor:
 
 
 def touched(may_see: Tensor, elements: Tensor) -> Tensor:
-    """Tell which observers may see any of the elements.
-
-    Args:
-        may_see: (*leading, query_len, key_len)
-        elements: (*leading, key_len)
-
-    Returns:
-        (*leading, query_len)
-    """
+    """Tell which observers (*leading, query_len) may see any of some keys (*leading, key_len)."""
     query_len, key_len = may_see.shape[-2:]
     result = torch.empty(may_see.shape[:-1], dtype=torch.bool, device=may_see.device)
     for at in product(*map(range, may_see.shape[:-2])):
@@ -327,17 +274,9 @@ def touched(may_see: Tensor, elements: Tensor) -> Tensor:
 
 
 def spread_rows(length: int, slots: int, ends: int, seed: int) -> list[int]:
-    """Choose a row for each batch entry and head of each pass.
-
-    All rows, where there is room for them; else some ends of blocks, and an even spread that moves
-    with the seed.
-
-    Args:
-        length: How many rows there are.
-        slots: How many are chosen.
-        ends: Of how many that are chosen one is the end of a block.
-        seed: The seed.
-    """
+    """Choose a row for each batch entry and head of each pass, as many as there are slots."""
+    # All rows, where there is room for them; else some ends of blocks (one of `ends`), and an even
+    # spread that moves with the seed.
     if slots >= length:  # another one each time round
         return [(slot + slot // length + seed) % length for slot in range(slots)]
     generator = torch.Generator().manual_seed(seed)

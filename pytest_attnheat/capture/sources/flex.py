@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pytest_attnheat.attention.call import ScoreMod
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.watching import After, Call
-from pytest_attnheat.inputs import wide_dtype
+from ...attention.call import ScoreMod
+from ...inputs import wide_dtype
+from ..record import AttentionRecord
+from ..watching import After, Call
 
 SOURCE = "flex_attention"
 
 
 def see(call: Call) -> After:
-    """Tell what the operator behind `flex_attention` was given.
-
-    It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
-    pair whether it may attend), scale, and options of the kernel.
-    """
+    """Tell what the operator behind `flex_attention` was given."""
+    # It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
+    # pair whether it may attend), scale, and options of the kernel.
 
     def after(result: Any) -> None:
         call.watcher.tell(_record(call.args, result[0]))
@@ -35,24 +33,13 @@ def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     mask_mod, blocks = block_mask[-1], block_mask[2]
     batch, heads, query_len, _ = query.shape
     shape = (batch, heads, query_len, key.shape[-2])
+    is_none = getattr(score_mod, "__name__", "") == "_identity"
     return AttentionRecord(
-        layer="",
-        source=SOURCE,
-        shape=shape,
-        dtype=query.dtype,
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
-        scale=float(scale),
-        scale_steps=(float(scale),),
-        score_mod=None if _changes_nothing(score_mod) else _of_many(_frozen(score_mod, query)),
-    )
-
-
-def _changes_nothing(score_mod: Callable[..., Tensor]) -> bool:
-    return getattr(score_mod, "__name__", "") == "_identity"
+        layer="", source=SOURCE, shape=shape, dtype=query.dtype, query=query, key=key, value=value,
+        output=output, given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
+        scale=float(scale), scale_steps=(float(scale),),
+        score_mod=None if is_none else _of_many(_frozen(score_mod, query)),
+    )  # fmt: skip
 
 
 def _dense(

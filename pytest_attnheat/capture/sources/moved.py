@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pytest_attnheat.capture.shaping import in_windows, joined, still_joined
-from pytest_attnheat.capture.sources.reading import attended_of, mark_blocks, tell_divided
-from pytest_attnheat.capture.tags import Scores, Tag, coarser, mixed
-from pytest_attnheat.capture.watching import After, Call, Function
+from ..shaping import in_windows, joined, still_joined
+from ..tags import Scores, Tag, coarser, mixed
+from ..watching import After, Call, Function
+from .reading import attended_of, mark_blocks, tell_divided
 
 # What leaves each element in its place.
 _COPIES = {
@@ -190,7 +190,7 @@ def anything(base: str, call: Call) -> After | None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         if tag.unnormalised is not None and base in ("div", "divide"):
-            tell_divided(call.watcher, tag.unnormalised, every[1], output)
+            tell_divided(call.watcher, tag.unnormalised, every[1])
         same = output.ndim >= len(shape) and output.shape[-2:] == shape[-2:]
         if tag.weights and same:
             clean = tag.clean
@@ -255,13 +255,9 @@ def _changed(scores: Scores, call: Call, base: str, number: float | None, output
     elif base == "tanh" and softcap is None:
         softcap = 1.0
     return replace(
-        scores,
-        zero=zero,
-        steps=scores.steps if number is None else (*scores.steps, number),
-        softcap=softcap,
-        went=(*scores.went, base),
-        coarsest=coarser(scores.coarsest, output.dtype),
-    )
+        scores, zero=zero, steps=scores.steps if number is None else (*scores.steps, number),
+        softcap=softcap, went=(*scores.went, base), coarsest=coarser(scores.coarsest, output.dtype),
+    )  # fmt: skip
 
 
 def _is_shift(base: str, scores: Scores, call: Call, output: Tensor) -> bool:
@@ -432,9 +428,6 @@ def _overwritten(base: str, call: Call) -> After | None:
 
 
 SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
-    (_COPIES, _copied),
-    (_MOVES, _moved),
-    (_PAIRS, _paired),
-    (_JOINS, _joined),
+    (_COPIES, _copied), (_MOVES, _moved), (_PAIRS, _paired), (_JOINS, _joined),
     ({"setitem"}, _overwritten),
-)
+)  # fmt: skip

@@ -9,21 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.sources.numbers import explained, sample_of
-from pytest_attnheat.capture.sources.products import Product
-from pytest_attnheat.capture.tags import (
-    Scores,
-    Tag,
-    before_of,
-    coarser,
-    doubt_of,
-    without_factor,
-    without_repetition,
-)
-from pytest_attnheat.capture.watching import Taken, Watcher
+from ...attention.vocabulary import permits
+from ..record import AttentionRecord
+from ..shaping import Shaping
+from ..tags import Scores, Tag, before_of, coarser, doubt_of, without_factor, without_repetition
+from ..watching import Taken, Watcher
+from .products import Product, explained, sample_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +58,9 @@ _OF_SOME_KEYS: dict[str, Any] = {
 
 
 def mark_blocks(pieces: list[tuple[Tensor, Attended]], axis: int) -> None:
-    """Mark attentions as blocks of queries, if their outputs were put beside one another as such.
-
-    Heads may be put together as well, along an axis of their own, and batch entries along the
-    first.
-    """
+    """Mark attentions as blocks of queries, if outputs were put beside one another as such."""
+    # Heads may be put together as well, along an axis of their own, and batch entries along the
+    # first.
     tensor, first = pieces[0]
     *lead, queries, _width = first.product.output.shape
     shapes = {one.product.left.shape[-2:] for _, one in pieces}
@@ -128,7 +117,7 @@ def _together(parts: dict[int, Attended]) -> Product:
     return Product(left, right, output, left, right)
 
 
-def tell_divided(watcher: Watcher, product: Product, divisor: Any, output: Tensor) -> None:
+def tell_divided(watcher: Watcher, product: Product, divisor: Any) -> None:
     """Tell of weights that their sum divides after they multiplied the value, if it does."""
     tag, left = watcher.tags[product.left_source], product.left
     sums = left.sum(-1, keepdim=True)
@@ -199,30 +188,19 @@ def _record(
     known = _known(tag, product, shaping, math.prod(scores.steps) if scores is not None else 1.0)
     exact = scores is not None and not known.strange
     record = AttentionRecord(
-        layer="",
-        source=tag.source,
-        kind=_kind(tag),
+        layer="", source=tag.source, kind=_kind(tag),
         doubt=shaping.doubt or known.doubt or doubt_of(sources, used),
         shape=shaping.weights_shape(*used.shape[-2:]),
-        dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
-        query=known.query,
-        key=known.key,
-        value=shaping.keys(product.right),
-        output=shaping.queries(product.output),
-        given_mask=known.mask,
-        soft_mask=known.soft,
-        bias=known.bias,
-        scale=scale if exact else None,
-        scale_steps=() if scores is None else scores.steps,
-        scaled_before=factors,
-        softcap=scores.softcap if exact and scores is not None else None,
+        dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype), query=known.query,
+        key=known.key, value=shaping.keys(product.right), output=shaping.queries(product.output),
+        given_mask=known.mask, soft_mask=known.soft, bias=known.bias,
+        scale=scale if exact else None, scale_steps=() if scores is None else scores.steps,
+        scaled_before=factors, softcap=scores.softcap if exact and scores is not None else None,
         sinks=known.sinks,
         sink_weights=None if tag.sink is None else shaping.queries(tag.sink[0])[..., 0],
-        strange=known.strange,
-        mask_lost=known.lost,
-        dropout=tag.dropout,
+        strange=known.strange, mask_lost=known.lost, dropout=tag.dropout,
         kept_weights=shaping.queries(clean),
-    )
+    )  # fmt: skip
     return record, shaping.queries(used)
 
 
@@ -317,19 +295,13 @@ def _taken(operand: Tensor, numbers: Tensor) -> Tensor | None:
 
 @dataclass
 class _Added:
-    """What the scores would be if their product were zero: mask, bias and sinks.
+    """What the scores would be if their product were zero: mask, bias and sinks."""
 
-    Attributes:
-        zero: That, broadcastable to the weights.
-        seen: Where it hides no key.
-        sinks: (heads,), or None.
-        flags: On the device: whether it hides any key, by a finite number, whether it is felt
-            elsewhere, and whether sinks are one number per head.
-    """
-
-    zero: Tensor
-    seen: Tensor
-    sinks: Tensor | None
+    zero: Tensor  # That, broadcastable to the weights
+    seen: Tensor  # Where it hides no key
+    sinks: Tensor | None  # (heads,), or None
+    # On the device: whether it hides any key, by a finite number, whether it is felt elsewhere, and
+    # whether sinks are one number per head
     flags: list[Tensor]
 
     @property

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.tags import doubt_of, without_factor
-from pytest_attnheat.capture.watching import After, Call, Instead, Watcher
+from ...attention.vocabulary import Alignment
+from ..record import AttentionRecord
+from ..shaping import Shaping
+from ..tags import doubt_of, without_factor
+from ..watching import After, Call, Instead, Watcher
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SOURCE = "scaled_dot_product_attention"
@@ -55,23 +55,14 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     # Some models scale queries in place of scores.
     query, key = (without_factor(t, f) for t, f in zip((query, key), factors, strict=True))
     return AttentionRecord(
-        layer="",
-        source=SOURCE,
-        doubt=shaping.doubt or doubt_of([tag], query),
-        shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
-        dtype=output.dtype,
-        query=shaping.queries(query),
-        key=shaping.keys(key),
-        value=shaping.keys(value),
-        output=shaping.queries(output),
-        given_mask=None if mask is None else shaping.mask(mask),
-        bias=None if bias is None else shaping.mask(bias),
-        causal=causal,
+        layer="", source=SOURCE, doubt=shaping.doubt or doubt_of([tag], query),
+        shape=shaping.weights_shape(query.shape[-2], key.shape[-2]), dtype=output.dtype,
+        query=shaping.queries(query), key=shaping.keys(key), value=shaping.keys(value),
+        output=shaping.queries(output), given_mask=None if mask is None else shaping.mask(mask),
+        bias=None if bias is None else shaping.mask(bias), causal=causal,
         scale=math.prod(factor for factor in (scale, *factors) if not math.isnan(factor)),
-        scale_steps=(scale,),
-        scaled_before=factors,
-        dropout=float(given.get("dropout_p", 0.0)),
-    )
+        scale_steps=(scale,), scaled_before=factors, dropout=float(given.get("dropout_p", 0.0)),
+    )  # fmt: skip
 
 
 def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Alignment | None]:
@@ -90,11 +81,9 @@ def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Alignmen
 
 
 def see_within(call: Call) -> Instead:
-    """Run `multi_head_attention_forward` under the watcher: what happens within is seen.
-
-    A mode is set aside while it handles a function, and the function would hand itself to the
-    mode for ever if the mode came back. So a copy of the function runs that never asks for modes.
-    """
+    """Run `multi_head_attention_forward` under the watcher: what happens within is seen."""
+    # A mode is set aside while it handles a function, and the function would hand itself to the
+    # mode for ever if the mode came back. So a copy of the function runs that never asks for modes.
     watcher = call.watcher
 
     def run() -> Any:

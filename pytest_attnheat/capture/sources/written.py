@@ -15,12 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pytest_attnheat.capture.sources import moved
-from pytest_attnheat.capture.sources.numbers import rows_are_distributions, sample_of, seen_in
-from pytest_attnheat.capture.sources.products import Product, read_product, read_sum
-from pytest_attnheat.capture.sources.reading import tell
-from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of, mixed
-from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
+from ..tags import Origin, Scores, Tag, before_of, mixed
+from ..watching import After, Call, Function, Source, Watcher
+from . import moved
+from .products import Product, read_product, read_sum, rows_are_distributions, sample_of, seen_in
+from .reading import tell
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "mv", "tensordot"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -105,11 +104,7 @@ def _product(watcher: Watcher, product: Product, output: Tensor) -> None:
         watcher.found(left.softmaxes + right.softmaxes)
         return
     for weights, other in ((left, product.right_source), (right, product.left_source)):
-        if (
-            weights is not None
-            and weights.weights
-            and _mixes_heads(weights, other, product, output)
-        ):
+        if weights is not None and weights.weights and _mixes_heads(other, product, output):
             watcher.tags[output] = mixed(weights)
             return
     for candidate in (product, product.turned()):
@@ -147,7 +142,7 @@ def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
-def _mixes_heads(tag: Tag, other: Tensor, product: Product, output: Tensor) -> bool:
+def _mixes_heads(other: Tensor, product: Product, output: Tensor) -> bool:
     """Whether weights are multiplied by a parameter, heads by heads."""
     weights = product.left_source if other is product.right_source else product.right_source
     return _is_parameter(other) and output.shape == weights.shape and weights.ndim > 2
@@ -244,11 +239,7 @@ def _dropped(base: str, call: Call) -> After | None:
 
 
 _SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
-    (_PRODUCTS, _multiplied),
-    ({"sum"}, _summed),
-    ({"conv1d", "conv2d", "conv3d", "adaptive_avg_pool2d"}, _convolved),
-    ({"linear"}, _projected),
-    (_SHARES, _shared),
-    (_DROPOUTS, _dropped),
-    *moved.SOURCES,
-)
+    (_PRODUCTS, _multiplied), ({"sum"}, _summed),
+    ({"conv1d", "conv2d", "conv3d", "adaptive_avg_pool2d"}, _convolved), ({"linear"}, _projected),
+    (_SHARES, _shared), (_DROPOUTS, _dropped), *moved.SOURCES,
+)  # fmt: skip

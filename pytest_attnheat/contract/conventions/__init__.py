@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_attnheat.contract.conventions import cached, dense, libraries, objects, packed
-from pytest_attnheat.contract.conventions.convention import Arrange as Arrange
-from pytest_attnheat.contract.conventions.convention import Convention as Convention
-from pytest_attnheat.contract.conventions.convention import Lse as Lse
-from pytest_attnheat.inputs import misuse
+from ...inputs import misuse
+from . import cached, dense, libraries, objects, packed
+from .convention import Arrange as Arrange
+from .convention import Convention as Convention
+from .convention import Lse as Lse
 
 # Module state on purpose, as that of scoring functions: a row that a project registers where its
 # modules are imported must be known wherever a callable is examined.
@@ -55,11 +55,7 @@ def forget(name: str) -> None:
 
 
 def named(name: str) -> Convention:
-    """Return a convention by its name.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
+    """Return a convention by its name."""
     if name not in _KNOWN:
         raise ValueError(misuse("like", repr(name), f"one of {', '.join(map(repr, _KNOWN))}"))
     return _KNOWN[name]
@@ -73,11 +69,7 @@ def fitting(parameters: Mapping[str, Any]) -> list[Convention]:
 
 
 def recognised(parameters: Mapping[str, Any]) -> Convention | None:
-    """Return the convention of a callable with some parameters, None if it is none of them.
-
-    Raises:
-        ValueError: Two of them fit equally well.
-    """
+    """Return the convention of a callable with some parameters, None if it is none of them."""
     best = fitting(parameters)
     if len(best) > 1:
         names = " and ".join(repr(one.name) for one in best)

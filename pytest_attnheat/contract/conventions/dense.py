@@ -10,45 +10,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.contract.asking import dense, to_layout
-from pytest_attnheat.contract.conventions import reading
-from pytest_attnheat.contract.conventions.convention import Convention, Lse
+from ...attention.call import Call
+from ...callables import is_compiled
+from ..asking import dense, to_layout
+from . import reading
+from .convention import Convention, Lse
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 
 # What FlashAttention's functions share.
 FLASH: dict[str, Any] = {
-    "layout": "blhd",
-    "mask": None,
-    "causal": "bottom_right",
-    "causal_argument": "causal",
-    "scale_argument": "softmax_scale",
-    "window": "window_size",
-    "softcap": "softcap",
-    "grouped": True,
-    "fully_masked": "zero",
-    "returns": "lse",
-}
+    "layout": "blhd", "mask": None, "causal": "bottom_right", "causal_argument": "causal",
+    "scale_argument": "softmax_scale", "window": "window_size", "softcap": "softcap",
+    "grouped": True, "fully_masked": "zero", "returns": "lse",
+}  # fmt: skip
 FLASH_2: dict[str, Any] = {**FLASH, "alibi": "alibi_slopes", "dropout": "dropout_p"}
 
 # What FlashInfer's functions share.
 FLASHINFER: dict[str, Any] = {
-    "layout": "blhd",
-    "mask": None,
-    "causal": "bottom_right",
-    "causal_argument": "causal",
-    "scale_argument": "sm_scale",
-    "window": "window_left",
-    "softcap": "logits_soft_cap",
-    "grouped": True,
-    "fully_masked": "zero",
-    "returns": "lse",
+    **FLASH, "scale_argument": "sm_scale", "window": "window_left", "softcap": "logits_soft_cap",
     "gradients": False,
-}
+}  # fmt: skip
 # Of what takes values as wide as its keys alone.
 ALIKE: dict[str, tuple[Any, ...]] = {"value_dim": ("equal",)}
 
@@ -62,11 +46,7 @@ FLASH_VALUES = {"alibi": float32}
 
 
 def inclusive(off: Any) -> Any:
-    """Return what makes a window a pair of how many keys before and after are seen.
-
-    Args:
-        off: What stands for a side that ends nowhere.
-    """
+    """Return what makes a window a pair; `off` stands for a side that ends nowhere."""
     return lambda window: tuple(off if side is None else side for side in window)
 
 
@@ -94,17 +74,7 @@ def _kv_packed(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> An
     return spec.implementation(query, torch.stack((key, value), 2), **arguments)
 
 
-_FLASH_2 = Convention(
-    "flash_attn",
-    "flash_attn_func of FlashAttention 2",
-    ("softmax_scale", "alibi_slopes", "dropout_p", "q", "k", "v"),
-    FLASH_2,
-    lacks=("cu_seqlens_q", "cu_seqlens", "group"),
-    values=FLASH_VALUES,
-    besides={"return_attn_probs": True},
-    lse=Lse(),
-    only=ALIKE,
-)
+PROBABILITIES = {"return_attn_probs": True}
 
 # --- one sample at a time
 
@@ -170,10 +140,8 @@ def _flex(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Call `flex_attention` as it is: each of many small shapes would be compiled anew.
-
-    And, even where nobody compiles, traced anew.
-    """
+    """Call `flex_attention` as it is: each of many small shapes would be compiled anew."""
+    # And, even where nobody compiles, traced anew.
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     untraced = nullcontext() if stance is None else stance("force_eager")
     with warnings.catch_warnings(), untraced:
@@ -210,22 +178,25 @@ def _transformers(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
 
 
 CONVENTIONS = (
-    _FLASH_2,
+    Convention("flash_attn", "flash_attn_func of FlashAttention 2",
+               ("softmax_scale", "alibi_slopes", "dropout_p", "q", "k", "v"), FLASH_2,
+               lacks=("cu_seqlens_q", "cu_seqlens", "group"), values=FLASH_VALUES,
+               besides=PROBABILITIES, lse=Lse(), only=ALIKE),
     Convention("flash_attn_qkvpacked", "flash_attn_qkvpacked_func of FlashAttention 2",
                ("qkv", "softmax_scale", "window_size"),
                {**FLASH_2, "grouped": False, "square": True, "dropout": False}, limits="dropout",
                lacks=("cu_seqlens",), values=FLASH_VALUES, arrange=_qkv_packed,
-               read=reading.qkv_stacked, besides=_FLASH_2.besides, lse=Lse(), only=ALIKE),
+               read=reading.qkv_stacked, besides=PROBABILITIES, lse=Lse(), only=ALIKE),
     Convention("flash_attn_kvpacked", "flash_attn_kvpacked_func of FlashAttention 2",
                ("q", "kv", "softmax_scale", "window_size"), {**FLASH_2, "dropout": False},
                limits="dropout", lacks=("cu_seqlens_q", "cu_seqlens"), values=FLASH_VALUES,
                arrange=_kv_packed, read=reading.kv_stacked,
-               besides=_FLASH_2.besides, lse=Lse(), only=ALIKE),
+               besides=PROBABILITIES, lse=Lse(), only=ALIKE),
     Convention("flash_attn_3", "flash_attn_func of FlashAttention 3",
                ("q", "k", "v", "softmax_scale", "attention_chunk"),
                {**FLASH, "chunk": "attention_chunk"},
                lacks=("cu_seqlens_q", "k_cache"), values=FLASH_VALUES,
-               besides={"return_attn_probs": True}, lse=Lse()),
+               besides=PROBABILITIES, lse=Lse()),
     Convention("flash_attn_4", "flash_attn_func of FlashAttention 4",
                ("q", "k", "v", "softmax_scale", "learnable_sink"),
                {**FLASH, "sinks": "learnable_sink"},

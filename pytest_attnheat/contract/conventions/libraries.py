@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.levels import NONE
-from pytest_attnheat.contract.asking import dense, to_layout
-from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
+from ...attention.call import Call
+from ...attention.levels import NONE
+from ..asking import dense, to_layout
+from .convention import Arrange, Convention, Lse
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 # A function of arrays, whose gradients are wanted of the first so many; it returns a tuple.
 Function: TypeAlias = Callable[..., Sequence[Any]]
@@ -36,19 +36,14 @@ _FAR = 2**30
 
 @dataclass(frozen=True)
 class Library:
-    """What another library is handed, and how it computes.
+    """What another library is handed, and how it computes."""
 
-    Attributes:
-        give: Makes an array of a tensor.
-        gradients: Of a function, its arrays, of how many first ones gradients are wanted, and the
-            gradient of its first output, makes those gradients.
-        take: Makes a tensor of an array, of its own memory or not.
-        compiled: Returns what a function with some keywords is called as, the same for the same.
-    """
-
-    give: Callable[[Tensor], Any]
+    give: Callable[[Tensor], Any]  # Makes an array of a tensor
+    # Of a function, its arrays, of how many first ones gradients are wanted, and the gradient of
+    # its first output, makes those gradients
     gradients: Callable[[Function, Sequence[Any], int, Any], Sequence[Any]]
-    take: Callable[[Any], Tensor] = torch.from_dlpack
+    take: Callable[[Any], Tensor] = torch.from_dlpack  # Makes a tensor of an array
+    # Returns what a function with some keywords is called as, the same for the same
     compiled: Callable[..., Function] = lambda function, names, options: _called(
         function, names, options
     )
@@ -73,7 +68,6 @@ class _Across(torch.autograd.Function):
     def forward(
         ctx: Any, library: Library, function: Function, others: Sequence[Any], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Call it with tensors, and with further arrays."""
         given = [*(library.give(tensor.detach()) for tensor in tensors), *others]
         ctx.about = library, function, given, len(tensors)
         taken = tuple(library.take(one).clone() for one in function(*given))
@@ -82,18 +76,13 @@ class _Across(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *aside: Tensor) -> tuple[Any, ...]:
-        """Return the gradients of the tensors."""
         library, function, given, count = ctx.about
         found = library.gradients(function, given, count, library.give(upstream.contiguous()))
         return None, None, None, *(library.take(one).clone() for one in found)
 
 
 def across(library: Callable[[], Library]) -> Arrange:
-    """Return what calls a subject with arrays of a library in place of tensors.
-
-    Args:
-        library: What imports it, and says what it is handed.
-    """
+    """Return what calls a subject with arrays of a library in place of tensors."""
 
     def arrange(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
         own = library()
@@ -133,10 +122,8 @@ _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passe
 
 
 def _jitted(function: Function) -> Function:
-    """Compile a function as a whole, or leave it as it is if numbers decide what it does.
-
-    To run it uncompiled takes longer, as then each step of it is compiled by itself.
-    """
+    """Compile a function as a whole, or leave it as it is if numbers decide what it does."""
+    # To run it uncompiled takes longer, as then each step of it is compiled by itself.
     jax = import_module("jax")
     compiled = jax.jit(function, compiler_options=_QUICK)
 
@@ -241,10 +228,8 @@ _INPUTS = ("Q", "K", "V", "attn_mask", "", "", "nonpad_kv_seqlen")
 
 
 def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """Run the operator Attention in a session that the subject makes of a model.
-
-    What is no input or attribute of it goes to the subject.
-    """
+    """Run the operator Attention in a session that the subject makes of a model."""
+    # What is no input or attribute of it goes to the subject.
     onnx = import_module("onnx")
     taken = {n: arguments.pop(n) for n in _OF_ONNX if n in arguments}
     left, right = taken.pop("left_window_size", None) or (None, None)
@@ -274,39 +259,23 @@ def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 _IR_VERSION = 10
 _OF_ONNX = ("attn_mask", "nonpad_kv_seqlen", "is_causal", "scale", "softcap", "left_window_size")
 _ONNX: dict[str, Any] = {
-    "mask": "any",
-    "causal": "top_left",
-    "scale_argument": "scale",
-    "softcap": "softcap",
-    "window": "left_window_size",
-    "lengths": "nonpad_kv_seqlen",
-    "grouped": True,
-    "fully_masked": "zero",
-    "gradients": False,
-    "dtypes": ("float32", "float16"),
-    "devices": ("cpu",),
-    "few_shapes": True,
-}
+    "mask": "any", "causal": "top_left", "scale_argument": "scale", "softcap": "softcap",
+    "window": "left_window_size", "lengths": "nonpad_kv_seqlen", "grouped": True,
+    "fully_masked": "zero", "gradients": False, "dtypes": ("float32", "float16"),
+    "devices": ("cpu",), "few_shapes": True,
+}  # fmt: skip
 # Its scale is that of queries and that of keys, both the root of it.
 _ASKED_OF_ONNX: dict[str, Any] = {
-    "makes": True,
-    "arrange": _onnx,
-    "handles": _OF_ONNX,
-    "values": {"window": tuple},
-    "only": {"scale": (NONE, 0.7)},
-    "apart": (("lengths", "causal"), ("lengths", "window")),
-}
+    "makes": True, "arrange": _onnx, "handles": _OF_ONNX, "values": {"window": tuple},
+    "only": {"scale": (NONE, 0.7)}, "apart": (("lengths", "causal"), ("lengths", "window")),
+}  # fmt: skip
 
 
 # What functions of arrays share.
 _ARRAYS: dict[str, Any] = {
-    "mask_argument": "mask",
-    "scale_argument": "scale",
-    "grouped": True,
-    "fully_masked": "uniform",
-    "devices": ("cpu",),
-    "few_shapes": True,
-}
+    "mask_argument": "mask", "scale_argument": "scale", "grouped": True, "fully_masked": "uniform",
+    "devices": ("cpu",), "few_shapes": True,
+}  # fmt: skip
 
 CONVENTIONS = (
     Convention("jax", "dot_product_attention of JAX",

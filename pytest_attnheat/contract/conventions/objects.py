@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.drawing import RAGGED
-from pytest_attnheat.attention.packing import bounds, lengths_of, packed
-from pytest_attnheat.contract.asking import dense, to_layout
-from pytest_attnheat.contract.conventions.convention import Convention, Lse
-from pytest_attnheat.contract.conventions.dense import FLASHINFER, float32, inclusive, left_only
-from pytest_attnheat.contract.conventions.packed import flat_mask, unpack
-from pytest_attnheat.failure import Failure
+from ...attention.call import Call
+from ...attention.drawing import RAGGED
+from ...attention.packing import bounds, lengths_of, packed
+from ...failure import Failure
+from ..asking import dense, to_layout
+from .convention import Convention, Lse
+from .dense import FLASHINFER, float32, inclusive, left_only
+from .packed import flat_mask, unpack
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 
 def poisoned(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -27,11 +27,7 @@ def poisoned(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 
 def written(buffer: Tensor, name: str) -> Tensor:
-    """Return a buffer that was handed to a subject.
-
-    Raises:
-        Failure: Nothing was written into it.
-    """
+    """Return a buffer that was handed to a subject; a Failure if nothing was written into it."""
     if buffer.numel() and bool(buffer.isnan().all()):
         raise Failure("", f"nothing is written into the buffer {name}=", cause=f"{name} is ignored")
     return buffer
@@ -49,11 +45,7 @@ def _in_place(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any
 
 
 def _kernel(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """Call a kernel of PyTorch that relies on its caller for strides, and for what has gradients.
-
-    Raises:
-        NotImplementedError: It is not made for such a call.
-    """
+    """Call a kernel of PyTorch that relies on its caller for strides, and for gradients."""
     mask = arguments.get("attn_mask")
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("it has no gradient of attn_mask")
@@ -66,10 +58,8 @@ def _kernel(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 
 def _plan_and_run(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """Tell it the lengths of all sequences and the options, then hand it the packed tensors.
-
-    Where the number of heads is odd, it is handed buffers for what it returns.
-    """
+    """Tell it the lengths of all sequences and the options, then hand it the packed tensors."""
+    # Where the number of heads is odd, it is handed buffers for what it returns.
     subject: Any = spec.subject
     queries, keys = lengths_of(call)
     inputs = packed(call.query, queries), packed(call.key, keys), packed(call.value, keys)

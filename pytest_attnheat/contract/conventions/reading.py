@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.packing import packed, unpacked
-from pytest_attnheat.attention.vocabulary import permits
+from ...attention.packing import packed, unpacked
+from ...attention.vocabulary import permits
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 Arguments: TypeAlias = dict[str, Any]
 Turn: TypeAlias = Callable[[Tensor], Tensor]
@@ -34,23 +34,15 @@ class SetAsideError(UnreadError):
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """The tensors of a call of a target, in our own shapes.
+    """The tensors of a call of a target, in our own shapes."""
 
-    Attributes:
-        query: (batch, heads, query_len, head_dim), likewise key and value.
-        back: Makes of an output (batch, heads, query_len, value_dim) one as the target has it.
-        here: The inverse.
-        sums: What a log-sum-exp (batch, heads, query_len) may look like as the target returns it.
-        features: Fields of `Call` that are said already.
-    """
-
-    query: Tensor
+    query: Tensor  # (batch, heads, query_len, head_dim), likewise key and value
     key: Tensor
     value: Tensor
-    back: Turn
-    here: Turn
-    sums: Callable[[Tensor], list[Tensor]]
-    features: dict[str, Any] = field(default_factory=dict)
+    back: Turn  # Makes of an output (batch, heads, query_len, value_dim) one as the target has it
+    here: Turn  # The inverse
+    sums: Callable[[Tensor], list[Tensor]]  # What a log-sum-exp may look like as returned
+    features: dict[str, Any] = field(default_factory=dict)  # Fields of `Call` that are said already
 
 
 # Takes what belongs to query, key and value out of the arguments.
@@ -84,13 +76,10 @@ def _laid_out(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) ->
         query, key, value = four(query), four(key), four(value)
         lead = query.shape[:3]
         return Given(
-            query,
-            key,
-            value,
-            back=lambda output: output.reshape(*shape, output.shape[-1]),
+            query, key, value, back=lambda output: output.reshape(*shape, output.shape[-1]),
             here=lambda output: output.reshape(*lead, output.shape[-1]),
             sums=lambda lse: [lse.reshape(shape)],
-        )
+        )  # fmt: skip
     if any(tensor.ndim != len(spec.layout) for tensor in (query, key, value)):
         raise UnreadError(f"layout {spec.layout!r} has other dimensions than {tuple(query.shape)}")
     ours = "bhld" if spec.has_heads else "bld"
