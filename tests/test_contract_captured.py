@@ -498,7 +498,7 @@ def test_a_bias_that_also_hides_keys_is_not_taken_for_a_mask_of_numbers(hidden, 
     with capture_attention() as trace:
         mask = bias.masked_fill(hides, -torch.inf)
         scaled_dot_product_attention(query, query, query, attn_mask=mask, scale=0.1)
-    searches, explained = [], captured_module.explained
+    searches, explained = [], vars(captured_module)["explained"]
 
     def counted(*given, search=True, **more):
         searches.append(search)
