@@ -521,7 +521,7 @@ class Windowed(nn.Module):
     ("mistake", "words"),
     [
         ({"kept": 2}, "in Windowed, token 3 sees token 0 at once, not with the cache"),
-        ({"kept": 3, "room": 2}, "token 1 sees a key with the cache that is no token's at once"),
+        ({"kept": 3, "room": 2}, "no token's at once: a slot that nothing was written to?"),
     ],
 )
 def test_keys_that_a_short_cache_lost_or_never_had_are_told_by_the_keys(mistake, words):

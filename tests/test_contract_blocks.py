@@ -630,6 +630,15 @@ def test_a_block_that_forgets_its_mask_where_gradients_are_computed_is_found():
     assert "outputs are others where gradients are computed" in message(report, "repeats")
 
 
+def test_a_padding_mask_that_is_lost_where_gradients_are_computed_is_found():
+    def losing(hidden, keep=None):
+        return Near(9, 9)(hidden, None if torch.is_grad_enabled() else keep)
+
+    told = SequenceModel(losing, mask="keep", mask_argument="keep")
+    report = check_attention(AttentionSpec(told, inputs=randn(2, 6, WIDTH), causal=None))
+    assert failed(report) == {"repeats"}
+
+
 class Placed(nn.Module):
     """Attention that adds the position of each slot, and is told of no other positions."""
 

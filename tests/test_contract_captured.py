@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import AttentionSpec, capture_attention, check_attention, diagnose
+from pytest_attnheat.contract import captured as captured_module
 from pytest_attnheat.contract.captured import diagnoses
 from pytest_attnheat.contract.checks import CAPTURED_CHECKS
 
@@ -488,3 +489,21 @@ def test_a_mask_that_is_added_as_a_number_is_no_lost_causality(hidden):
 
     found = check_attention(AttentionSpec(Added(), inputs=hidden)).diagnosis
     assert found.defects == ("mask_added_as_number",)
+
+
+def test_a_bias_that_also_hides_keys_is_not_taken_for_a_mask_of_numbers(hidden, monkeypatch):
+    hides = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    bias = torch.randn(9, 9, generator=torch.Generator().manual_seed(1))
+    query = hidden.unsqueeze(1)
+    with capture_attention() as trace:
+        mask = bias.masked_fill(hides, -torch.inf)
+        scaled_dot_product_attention(query, query, query, attn_mask=mask, scale=0.1)
+    searches, explained = [], vars(captured_module)["explained"]
+
+    def counted(*given, search=True, **more):
+        searches.append(search)
+        return explained(*given, search=search, **more)
+
+    monkeypatch.setattr(captured_module, "explained", counted)
+    assert diagnose(AttentionSpec(trace, scale=0.3)).defects == ("temperature",)
+    assert searches == [False, True]

@@ -264,13 +264,22 @@ def block_repeats(examination: Examination) -> None:
     model, inputs = examination.block()
     assert_deterministic(model, inputs, seed=examination.seed)
     subject = as_sequence(model, inputs, {})
-    with borrowed(model.module, inputs, seed=examination.seed):
+    real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    real[:, 0 if "left" in model.sides else -1] = False
+    padded = model.mask is not None and inputs.shape[1] > 2 and model.memory_argument is None
+    for told in (None, *[real] * padded):
+        _compare_with_gradients(replace(subject, real=told), examination.seed)
+
+
+def _compare_with_gradients(subject: ModelSubject, seed: int) -> None:
+    """Raise a Failure if outputs are others where gradients are computed."""
+    with borrowed(subject.model.module, subject.inputs, seed=seed):
         with torch.no_grad():
             base = other = subject.run()
         with suppress(RuntimeError, NotImplementedError), torch.enable_grad():  # it may have none
             other = subject.run().detach()
     allowed = output_tolerance(base.dtype)
-    if differ(other, base, allowed):
+    if differ(other, base, allowed, subject.real):
         raise Failure(
             "",
             "outputs are others where gradients are computed",

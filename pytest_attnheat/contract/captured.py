@@ -185,7 +185,9 @@ def _added_as_numbers(
     """The diagnosis of a mask of 0 and 1 that is added to the scores, where a bias seemed to be."""
     if record.bias is None:
         return None
-    above = record.bias.double() - record.bias.double().amin(-1, keepdim=True)
+    bias, hidden = record.bias.double(), ~record.bias.isfinite()
+    least = bias.masked_fill(hidden, torch.inf).amin(-1, keepdim=True)
+    above = (bias - least).masked_fill(hidden | least.isinf(), 0.0)
     one, flat = above > _HALF, above.amax(-1, keepdim=True) < _HALF
     if bool(flat.all()) or float((above - one.double()).abs().max()) > _ROUNDED:
         return None
@@ -193,9 +195,12 @@ def _added_as_numbers(
     for seen in (one | flat, ~one):
         masked = replace(record, bias=None, given_mask=both(record.given_mask, seen))
         case = held_to(masked, spec, name, own=own).case
-        found = explained(name, [replace(probe, case=case)], {})
-        if found.defects == ("mask_added_as_number",):
-            return found
+        asked = [replace(probe, case=case)]
+        named = (one.names for one in Search(asked).singles if one.reproduces)
+        if ("mask_added_as_number",) in named:
+            found = explained(name, asked, {})
+            if found.defects == ("mask_added_as_number",):
+                return found
     return None
 
 

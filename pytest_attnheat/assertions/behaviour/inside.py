@@ -354,8 +354,10 @@ def _why_kept_keys_differ(own: AttentionRecord, whole: AttentionRecord, step: ra
         owners = alike[sees[row]]
         if bool((owners.sum(-1) > 1).any()):
             return None  # keys of several tokens are the same
-        if not bool(owners.any(-1).all()):
-            return f"token {token} sees a key with the cache that is no token's at once"
+        nobodys = kept[sees[row]][~owners.any(-1)]
+        if len(nobodys):
+            empty = "" if nobodys.any() else ": a slot that nothing was written to?"
+            return f"token {token} sees a key with the cache that is no token's at once{empty}"
         seen = owners.any(0)
         lost, more = ((one & ~other).nonzero().flatten().tolist()
                       for one, other in ((saw[token], seen), (seen, saw[token])))  # fmt: skip

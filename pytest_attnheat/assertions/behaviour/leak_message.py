@@ -154,6 +154,8 @@ def _cause_of_blindness(
     future = [number for number in numbers if number > observer[-1] and square]
     if future and set(missed) == set(future) and search.claim.may_be_causal:
         return f"all of them lie in its future: {search.claim.may_be_causal}"
+    if len(missed) == len(numbers) > 1 and search.subject.element != "token":
+        return "it sees nothing of it at all: is that of an earlier call kept, or all of it masked?"
     if len(missed) == len(numbers) > 1:
         return "it sees nothing at all: is the whole row masked?"
     if list(missed) == numbers[-1:]:

@@ -253,7 +253,7 @@ class _Trial:
             if not holds(lambda: not differ(self.run("opposite"), got, self.allowed)):
                 return (
                     f"{argument} changes no output of a real token here, but is not ignored: is it "
-                    "applied to queries in place of keys, or that of another sample?"
+                    "applied to queries, or outputs, in place of keys, or that of another sample?"
                 )
             return f"{argument} changes nothing: it is ignored"
         where = "after them" if self.padding.side == "right" else "before them"
