@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pytest_attnheat.attention.devices import visible_devices
+from .attention.devices import visible_devices
 
 # How far modules are looked for in what a callable refers to.
 _DEPTH = 3

@@ -15,12 +15,12 @@ from html import escape
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
-from pytest_attnheat.inputs import dtype_name
+from .inputs import dtype_name
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from .heatmaps.figure import HeatmapFigure
 
 # Of a number in a sentence, significant digits; 17 tell any two float64 apart.
 _LEAST_DIGITS, _MOST_DIGITS = 6, 17

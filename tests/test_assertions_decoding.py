@@ -488,6 +488,86 @@ def test_a_mistake_in_the_cache_is_told(mistake, chunks, words):
         assert words in cause(told)
 
 
+class Windowed(nn.Module):
+    """A layer that sees itself and three tokens before, and keeps as many of them in its cache."""
+
+    def __init__(self, kept=3, room=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kept, self.room = kept, room
+        self.embedding, self.layer = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.eval()
+
+    def forward(self, ids, cache=None):
+        query, key, value = self.layer(self.embedding(ids)).chunk(3, -1)
+        at = place = torch.arange(ids.shape[1]) + (0 if cache is None else int(cache[2][-1]) + 1)
+        if cache is not None:
+            new = zip(cache, (key, value, at), (1, 1, 0), strict=True)
+            key, value, place = (torch.cat([old, one], dim) for old, one, dim in new)
+        kept = key[:, -self.kept :], value[:, -self.kept :], place[-self.kept :]
+        if self.room and cache is not None:  # slots that nothing was written to
+            key, value = (nn.functional.pad(one, (0, 0, 0, self.room)) for one in (key, value))
+            place = torch.cat([place, place[-1:].expand(self.room)])
+        behind = at[:, None] - place
+        seen = (behind >= 0) & (behind <= 3)
+        return sdpa(query, key, value, attn_mask=seen), kept
+
+    @staticmethod
+    def reordered(cache, order):
+        return cache[0][order], cache[1][order], cache[2]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ({"kept": 2}, "in Windowed, token 3 sees token 0 at once, not with the cache"),
+        ({"kept": 3, "room": 2}, "token 1 sees a key with the cache that is no token's at once"),
+    ],
+)
+def test_keys_that_a_short_cache_lost_or_never_had_are_told_by_the_keys(mistake, words):
+    right, ids = Windowed(), torch.arange(12).reshape(1, 12)
+    assert_decode_matches_prefill(SequenceModel(right, decode=right), ids)
+    wrong = Windowed(**mistake)
+    assert words in cause(message(SequenceModel(wrong, decode=wrong), ids))
+
+
+@pytest.mark.parametrize(
+    ("batch", "reorder", "words"),
+    [
+        (
+            2,
+            lambda cache, order: cache,
+            "all are off: is the whole cache reordered, keys and values",
+        ),
+        (4, lambda cache, order: cache, "entries that keep their place alone are right: is the"),
+        (4, lambda cache, order: (cache[0][order], *cache[1:]), "entries that keep their place"),
+        (
+            4,
+            lambda cache, order: Windowed.reordered(cache, order.argsort()),
+            "is the cache put in the order that it is given: its entry i is entry order[i]?",
+        ),
+    ],
+)
+def test_a_cache_that_is_not_reordered_as_beam_search_needs_it_is_found(batch, reorder, words):
+    model, ids = Windowed(), torch.arange(8 * batch).reshape(batch, 8)
+    right = SequenceModel(model, decode=model, reorder=Windowed.reordered)
+    assert_decode_matches_prefill(right, ids)
+    told = message(SequenceModel(model, decode=model, reorder=reorder), ids)
+    claim = (
+        "outputs decoded with the cache after the batch was put in another order, as beam search"
+    )
+    assert claim in told
+    assert words in cause(told)
+
+
+def test_a_cache_that_cannot_be_reordered_is_not_asked_to():
+    def refuses(cache, order):
+        raise NotImplementedError
+
+    model, ids = Windowed(), torch.arange(16).reshape(2, 8)
+    assert_decode_matches_prefill(SequenceModel(model, decode=model, reorder=refuses), ids)
+
+
 def test_the_message_names_the_chunking_the_first_token_and_how_to_repeat():
     lines = message(Decoder("top left").subject(), tokens(2, 9), seed=3).splitlines()
     assert lines[0] == (

@@ -817,6 +817,10 @@ LEAKY = {
     "all NaN": (torch.full((3, 2, 8, 8), math.nan), "this row is NaN at every key: NaN in its"),
     "some NaN": (some_nan(), "all that masked keys hold is NaN"),
     "ignored": (scores(3, 2, 8, 8).softmax(-1), "no padding mask was applied?"),
+    "ignored by one head": (
+        torch.cat([padded([5, 8, 3])[:, :1], scores(3, 1, 8, 8).softmax(-1)], 1),
+        "in some rows or heads, and none in others: are these the weights of other heads or",
+    ),
     "other side": (padded([5, 8, 3], "left"), 'exactly where side="left" permits it'),
     "off by one": (padded([6, 8, 4]), "exactly one padded key: the length is off by one?"),
     "causal, off by one": (

@@ -8,7 +8,7 @@ from capture_oracles import assert_weights, bottom_right, draw, plain_softmax, p
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from pytest_attnheat import capture_attention
+from pytest_attnheat import capture_attention, check_attention, diagnose
 
 QUERY, KEY, VALUE = three(2, 3)
 MASK = draw("mask", 2, 1, 5, 7) > -0.5
@@ -203,6 +203,8 @@ def test_grouped_queries_in_five_axes(style):
     assert record.shape == (2, 6, 5, 7)
     assert_weights(record, expected)
     torch.testing.assert_close(record.output, output)
+    # Values may be shared by other heads than keys are, as far as the capture sees.
+    assert style == "value first" or diagnose(record).healthy  # not with dropout
 
 
 def test_grouped_keys_that_were_repeated():
@@ -511,6 +513,21 @@ def test_heads_that_talk_to_one_another_after_the_softmax(mix):
     record, _ = captured(attend, QUERY, KEY, VALUE)
     expected = torch.einsum("hg,bgij->bhij", MIXING.double(), plain_weights(QUERY, KEY))
     assert_weights(record, expected.detach(), atol=3e-6, rtol=0)
+    assert record.kind == "mixed"
+    assert check_attention(record).passed  # rows need not sum to 1
+
+
+def test_the_difference_of_two_softmaxes_is_no_softmax_of_either():
+    def attend(q, k, v):
+        weights = (q @ k.mT / 2).softmax(-1).unflatten(1, (2, 2))
+        return (weights[:, :, 0] - 0.4 * weights[:, :, 1]) @ v[:, :2]
+
+    query, key, value = three(2, 4)
+    record, _ = captured(attend, query, key, value)
+    first, second = plain_weights(query, key).unflatten(1, (2, 2)).unbind(2)
+    assert_weights(record, first - 0.4 * second)
+    assert record.kind == "mixed"
+    assert check_attention(record).passed
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

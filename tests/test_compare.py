@@ -353,6 +353,11 @@ def test_the_picture_of_a_difference_says_where_masks_or_pooled_cells_hide_it(tm
         (lambda w: w.copy_(w.roll(1, -2)), "shifted by one query, to higher numbers"),
         (lambda w: w.mul_(torch.rand(w.shape[:-1])[..., None]), "the rows are normalised diff"),
         (lambda w: w.div_(w.sum(-2, keepdim=True)), "the columns are normalised differently"),
+        (lambda w: w.copy_(w.flip(-2)), "the queries are permuted: their order is reversed"),
+        (
+            lambda w: w.copy_(w.reshape(2, 3, 4, 16).mT.reshape(w.shape)),  # for a transpose
+            "each panel holds the same numbers in other places",
+        ),
     ],
 )
 def test_how_the_picture_follows_from_its_baseline_is_said(defect, said):

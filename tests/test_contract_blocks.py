@@ -1,6 +1,8 @@
 """Blocks and language models are judged whole, by what is declared of them."""
 
 import itertools
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,9 +12,19 @@ from torch import nn
 from torch.nn import functional
 from wrong_attention import PLANTED, attention_with, declared_for
 
-from pytest_attnheat import AttentionSpec, SequenceModel, capture_attention, check_attention
+from pytest_attnheat import (
+    AttentionSpec,
+    SequenceModel,
+    assert_batch_independent,
+    assert_decode_matches_prefill,
+    capture_attention,
+    check_attention,
+    diagnose,
+)
+from pytest_attnheat.capture import CaptureWarning
 from pytest_attnheat.contract.checks import BLOCK_CHECKS
 from pytest_attnheat.contract.declarations import hints_of
+from pytest_attnheat.failure import Failure
 
 SDPA = functional.scaled_dot_product_attention
 CHUNK = 4
@@ -62,16 +74,24 @@ class Decoder(nn.Module):
     def forward(self, ids, cache=None, keep=None, documents=None):
         new, past = ids.shape[1], 0 if cache is None else cache[0][0].shape[2]
         at = torch.arange(past, past + new).expand(len(ids), -1)
+        if self.wrong == "padding_uncounted" and past and keep is not None:
+            at = at - (keep.long().cumsum(-1) == 0).sum(-1, keepdim=True)
         states, grown = self.embedding(ids), []
         for number, layer in enumerate(self.layers):
             query, key, value = layer(states).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
             neighbours = self.wrong == "rotary_pairs"
             query, key = rotated(query, at, neighbours), rotated(key, at, neighbours)
             if cache is not None:
-                old = cache[number]
-                key, value = torch.cat([old[0], key], 2), torch.cat([old[1], value], 2)
+                old, old_value = cache[number]
+                if self.wrong == "rotated_again":
+                    old = rotated(old, torch.arange(past)[None], neighbours)
+                key, value = torch.cat([old, key], 2), torch.cat([old_value, value], 2)
             grown.append((key, value))
             seen = self.seen(new, past, keep, documents)
+            if self.wrong.startswith("bias"):
+                rows = torch.arange(new)[:, None] + past * (self.wrong == "bias")
+                distance = 0.3 * (torch.arange(past + new) - rows).abs()
+                seen = distance.expand(seen.shape).masked_fill(~seen, -math.inf)
             if self.additive:  # a query that may see nothing sees all
                 seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo().min)
             states = states + SDPA(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
@@ -267,6 +287,18 @@ def test_a_block_with_a_memory_passes(causal):
     assert statuses(report)["padding"] == statuses(report)["attention_inside"] == "passed"
 
 
+def test_an_argument_that_is_as_long_as_the_memory_leaves_its_padding_out():
+    given = {"text": randn(2, 6, 8, seed=1), "weights": torch.ones(2, 6)}
+    block = Looking()
+    model = SequenceModel(
+        lambda states, text, weights, text_mask=None: block(states, text, text_mask),
+        mask="keep", mask_argument="text_mask", arguments=given, memory_argument="text",
+    )  # fmt: skip
+    report = check_attention(AttentionSpec(model, inputs=randn(2, 9, WIDTH), causal=None))
+    assert report.passed
+    assert "weights: got shape (2, 6), made for sequences of 6" in message(report, "padding")
+
+
 @pytest.mark.parametrize(
     ("wrong", "checks"),
     [
@@ -353,6 +385,278 @@ def test_a_later_chunk_that_sees_other_keys_is_told_by_what_was_captured():
     assert cause in message(report, "decoding")
     forgotten = message(check_attention(spec_of("mask_forgotten", causal="top_left")), "decoding")
     assert "at once: the mask of a later chunk is another one" in forgotten
+
+
+def test_what_the_cache_holds_is_told_before_a_guess_at_the_token_from_which_it_is_wrong():
+    told = message(check_attention(spec_of("rotated_again", causal="top_left")), "decoding")
+    fact = "right up to token 1, wrong from token 2 on: in Decoder, the cached keys are others"
+    assert f"{fact} than at once, values are not: rotated by other positions?" in told
+
+
+def test_a_bias_that_a_later_chunk_counts_from_its_own_queries_is_told():
+    assert check_attention(spec_of("bias", causal="top_left")).passed
+    told = message(check_attention(spec_of("bias_from_zero", causal="top_left")), "decoding")
+    assert "in Decoder, what is added to the scores of a later chunk is not what is added" in told
+
+
+def test_entries_that_are_off_where_they_are_padded_are_said_to_be_padded():
+    block, ids = Decoder("padding_uncounted"), tokens(3, 11)
+    model = SequenceModel(block, mask="keep", mask_argument="keep", decode=block)
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids, lengths=[11, 8, 11])
+    assert caught.value.cause.startswith(
+        "batch entry 1 alone, which is padded, is off: in Decoder, the new keys are others"
+    )
+
+
+def test_a_cache_that_is_not_told_of_padding_leaves_unequal_lengths_out_and_says_so():
+    block = Decoder("padding_uncounted")
+    model = SequenceModel(
+        block, mask="keep", mask_argument="keep", decode=lambda ids, cache: block(ids, cache)
+    )
+    report = check_attention(AttentionSpec(model, inputs=tokens(2, 11), causal="top_left"))
+    assert report.passed
+    said = "decoding: no batch of unequal lengths: decode= does not take keep="
+    assert str(report).splitlines()[-1] == said
+
+
+class Near(nn.Module):
+    """Each token sees a few before it and a few behind it; padding is hidden."""
+
+    def __init__(self, before=3, behind=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.behind, self.layer = before, behind, nn.Linear(WIDTH, 3 * WIDTH)
+        self.eval()
+
+    def forward(self, hidden, keep=None):
+        query, key, value = self.layer(hidden).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        at = torch.arange(hidden.shape[1])
+        seen = (at >= at[:, None] - self.before) & (at <= at[:, None] + self.behind)
+        seen = seen if keep is None else seen & keep[:, None, None]
+        return SDPA(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("size", "defect"),
+    [
+        ((3, 2), None),
+        ((3, 1), "window_right_too_narrow"),
+        ((2, 2), "window_left_too_narrow"),
+        ((4, 2), "window_left_too_wide"),
+    ],
+)
+def test_a_window_inside_a_block_is_held_to_all_that_is_declared(size, defect):
+    model = SequenceModel(Near(*size), mask="keep", mask_argument="keep")
+    spec = AttentionSpec(model, inputs=randn(2, 12, WIDTH), causal=None, window=(3, 2))
+    report = check_attention(spec)
+    assert report.passed is (defect is None)
+    if defect is not None:
+        assert report.diagnosis.defects == (defect,)
+
+
+def test_what_is_declared_of_a_sequence_is_not_claimed_of_windows_that_it_is_cut_into():
+    near, at = Near(99, 99), torch.arange(12)
+    windows = (at - 2) % 12 // 4  # they begin two tokens later, and the last is both ends
+
+    class Cut(nn.Module):
+        def forward(self, hidden):
+            cut = hidden.roll(-2, 1).unflatten(1, (3, 4)).flatten(0, 1)
+            return near(cut).reshape(hidden.shape).roll(2, 1)
+
+    seen = windows[:, None] == windows
+    block, inputs = Cut().eval(), randn(2, 12, WIDTH)
+    assert check_attention(AttentionSpec(block, inputs=inputs, causal=None, may_see=seen)).passed
+
+
+class Merging(nn.Module):
+    """Two heads whose outputs are merged in some order, and projected."""
+
+    def __init__(self, merge, batch_first=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.merge, self.batch_first = merge, batch_first
+        self.split, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.eval()
+
+    def forward(self, hidden):
+        hidden = hidden if self.batch_first else hidden.transpose(0, 1)
+        query, key, value = self.split(hidden).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        output = self.out(self.merge(SDPA(query, key, value)))
+        return output if self.batch_first else output.transpose(0, 1)
+
+
+RESHAPED = "heads are merged in the wrong order after attention in Merging: its output goes on by"
+MISPLACED = "its output goes on with numbers of one token in the place of another"
+
+
+@pytest.mark.parametrize(
+    ("merge", "words", "checks"),
+    [
+        (lambda heads: heads.transpose(1, 2).flatten(2), None, set()),
+        (lambda heads: heads.permute(0, 2, 3, 1).flatten(2), None, set()),  # a token keeps its own
+        (lambda heads: heads.reshape(len(heads), -1, WIDTH), RESHAPED, {"attention_inside"}),
+        (
+            lambda heads: heads.permute(1, 2, 0, 3).reshape(len(heads), -1, WIDTH),
+            MISPLACED,
+            {"no_leakage", "batch"},
+        ),
+    ],
+)
+def test_heads_that_are_merged_wrongly_are_told_by_what_the_projection_is_given(
+    merge, words, checks
+):
+    report = check_attention(AttentionSpec(Merging(merge), inputs=randn(3, 6, WIDTH), causal=None))
+    assert failed(report) == checks
+    assert all(words in message(report, name) for name in checks)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_that_are_split_by_a_view_alone_are_found_where_every_token_sees_all(fused):
+    class Splitting(Merging):
+        def forward(self, hidden):
+            shape = (len(hidden) * 2, -1, WIDTH // 2)
+            whole = self.split(hidden).chunk(3, -1)
+            query, key, value = (part.contiguous().view(shape) for part in whole)
+            if fused:
+                query, key, value = (part.view(len(hidden), 2, *part.shape[1:])
+                                     for part in (query, key, value))  # fmt: skip
+            return self.out(SDPA(query, key, value).reshape(hidden.shape))
+
+    block = Splitting(None)
+    report = check_attention(AttentionSpec(block, inputs=randn(3, 6, WIDTH), causal=None))
+    assert failed(report) == {"no_leakage", "attention_inside"}
+    cause = "heads are split in the wrong order before attention in Splitting: by a reshape without"
+    assert cause in message(report, "attention_inside")
+
+
+def test_attention_over_the_batch_is_told_from_a_normalisation_over_it():
+    block = Merging(lambda heads: heads.transpose(1, 2).flatten(2), batch_first=False)
+    report = check_attention(AttentionSpec(block, inputs=randn(3, 6, WIDTH), causal=None))
+    assert failed(report) == {"no_leakage", "batch"}
+    for name in failed(report):
+        cause = "attention in Merging takes the batch for the sequence: its rows are over the 3"
+        assert cause in message(report, name)
+    # Of as many samples as tokens nothing tells.
+    report = check_attention(AttentionSpec(block, inputs=randn(6, 6, WIDTH), causal=None))
+    assert "takes the batch for the sequence" not in str(report)
+
+
+class Times(nn.Module):
+    """A padding mask that is a product: what is hidden gets a number, the others 0 times it."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden, keep=None):
+        scores = hidden @ hidden.mT / WIDTH**0.5
+        if keep is not None:
+            scores = scores + (1 - keep[:, None].float()) * self.number
+        return scores.softmax(-1) @ hidden
+
+
+def test_nothing_is_named_of_attention_that_gives_nan_alone():
+    told = {"mask": "keep", "mask_argument": "keep"}
+    inputs = randn(2, 6, WIDTH)
+    right = SequenceModel(Times(-1e9).eval(), **told)
+    assert check_attention(AttentionSpec(right, inputs=inputs, causal=None)).passed
+    wrong = Times(-math.inf).eval()
+    report = check_attention(
+        AttentionSpec(SequenceModel(wrong, **told), inputs=inputs, causal=None)
+    )
+    cause = "a mask that hides nothing makes the output nan: is it multiplied by -inf, or by a"
+    assert f"cause    {cause}" in message(report, "padding")
+    with pytest.warns(CaptureWarning), capture_attention(wrong) as trace:
+        wrong(inputs, torch.ones(2, 6, dtype=torch.bool))
+    diagnosis = diagnose(trace)
+    assert (diagnosis.healthy, diagnosis.defects) == (False, ())
+    assert "gives nan and nothing else" in diagnosis.sentence
+
+
+class Packing(nn.Module):
+    """Packed documents do not see one another; their positions begin anew, or go on."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrong, self.at, self.project = wrong, nn.Embedding(20, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.eval()
+
+    def forward(self, hidden, packed):
+        same = packed[:, :, None] == packed[:, None]
+        seen = (same | (self.wrong == "seen")).tril()
+        at = same.tril(-1).sum(-1)  # how many of its own document are before it
+        at = torch.arange(hidden.shape[1]) if self.wrong == "positions" else at
+        hidden = self.project(hidden + self.at(at))
+        return SDPA(hidden, hidden, hidden, attn_mask=seen)
+
+
+@pytest.mark.parametrize("wrong", ["", "positions", "seen"])
+def test_a_document_gives_alone_what_it_gives_packed(wrong):
+    packed, inputs = PACKED.expand(2, -1), randn(2, len(PACKED), WIDTH)
+    cause = "the first document of a sequence is right: are the others shown to it by the mask, or"
+    for some in (slice(1), slice(2)):
+        with pytest.raises(Failure, match=cause) if wrong else nullcontext():
+            assert_batch_independent(
+                Packing(wrong), inputs[some], documents=PACKED, packed=packed[some]
+            )
+
+
+def test_positions_that_go_on_over_packed_documents_are_noted_as_they_may_be_meant():
+    packed, inputs = PACKED.expand(2, -1), randn(2, len(PACKED), WIDTH)
+    model = SequenceModel(Packing("positions"), arguments={"packed": packed})
+    report = check_attention(AttentionSpec(model, inputs=inputs, documents=packed))
+    assert report.passed
+    note = "batch: rows of documents are not the same packed into one sequence as alone: the first"
+    assert note in str(report)
+    ends = {"packed": packed, "ends": torch.tensor([4, 11])}
+    right = Packing()
+    model = SequenceModel(lambda hidden, packed, ends: right(hidden, packed), arguments=ends)
+    report = check_attention(AttentionSpec(model, inputs=inputs, documents=packed))
+    assert report.passed
+    assert "batch: ends: got shape (2,); accepted is a tensor (batch, length)" in str(report)
+    with pytest.raises(ValueError, match="documents: got some, with an attention function"):
+        assert_batch_independent(SDPA, *[randn(2, 1, 11, WIDTH)] * 3, documents=PACKED)
+
+
+def test_a_block_that_forgets_its_mask_where_gradients_are_computed_is_found():
+    class Saving(Near):
+        def forward(self, hidden, keep=None):
+            return Near(9, 9 * torch.is_grad_enabled())(hidden, keep)
+
+    report = check_attention(AttentionSpec(Saving(), inputs=randn(2, 6, WIDTH), causal="top_left"))
+    assert failed(report) == {"repeats", "no_leakage"}  # whose gradients see the future
+    assert "outputs are others where gradients are computed" in message(report, "repeats")
+
+
+class Placed(nn.Module):
+    """Attention that adds the position of each slot, and is told of no other positions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.near, self.positions = Near(99, 99), nn.Embedding(20, WIDTH)
+        self.eval()
+
+    def forward(self, hidden, keep=None):
+        return self.near(hidden + self.positions.weight[: hidden.shape[1]], keep)
+
+
+def test_what_counts_positions_from_its_first_slot_is_asked_on_the_side_that_it_declares():
+    told = SequenceModel(Placed(), mask="keep", mask_argument="keep")
+    inputs = randn(2, 9, WIDTH)
+    on_both = message(check_attention(AttentionSpec(told, inputs=inputs, causal=None)), "padding")
+    assert "or say side='right' there if it is never padded on the left" in on_both
+    told = replace(told, side="right")
+    report = check_attention(AttentionSpec(told, inputs=inputs, causal=None))
+    assert report.passed
+    assert statuses(report)["padding"] == "passed"
+    unmasked = replace(told, module=lambda hidden, keep=None: told.module(hidden))
+    report = check_attention(AttentionSpec(unmasked, inputs=inputs, causal=None))
+    assert failed(report) == {"no_leakage", "padding"}
+    with pytest.raises(ValueError, match="side: got 'top'; accepted is one of 'right', 'left'"):
+        replace(told, side="top")
 
 
 def test_lengths_in_place_of_a_mask_are_asked_on_the_right():

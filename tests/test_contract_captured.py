@@ -35,6 +35,8 @@ class Layer(nn.Module):
                 -2 if self.defect == "softmax_over_queries" else -1
             )
         mixed = weights @ value
+        if self.defect == "next_token_added":
+            mixed = mixed + mixed.roll(-1, 2)
         if self.defect != "merged_without_transpose":
             mixed = mixed.transpose(1, 2)
         return self.out(mixed.reshape(batch, length, 32))
@@ -156,7 +158,7 @@ def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(
     report = check_attention(AttentionSpec(model("one_key_too_many"), inputs=hidden, window=(3, 0)))
     assert "no_leakage" in [result.name for result in report.failed]
     report = check_attention(AttentionSpec(windowed, inputs=hidden))
-    assert "a sliding window? Say so with " in report.failed[0].message
+    assert "a sliding window, chunks or packed documents? Say so with " in report.failed[0].message
     assert "(with window=, chunk= or documents= of an AttentionSpec)\n" in report.failed[0].message
 
 
@@ -203,7 +205,7 @@ def test_another_scale_is_a_defect_unless_it_is_declared(hidden):
 
 
 def test_an_error_outside_of_attention_is_said_to_be_outside(hidden):
-    report = check_attention(AttentionSpec(model("merged_without_transpose"), inputs=hidden))
+    report = check_attention(AttentionSpec(model("next_token_added"), inputs=hidden))
     assert [r.status for r in report.results if r.name == "attention_inside"] == ["passed"]
     assert "no_leakage" in [result.name for result in report.failed]
     outside = "what is wrong happens outside of it: in the mask it was given, where heads are split"

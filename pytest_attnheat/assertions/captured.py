@@ -11,12 +11,12 @@ from typing import Any, ParamSpec, TypeAlias
 import numpy as np
 import torch
 
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.placed import Placed, is_placed
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import misuse
+from ..attention.lazy import LazyWeights
+from ..attention.placed import Placed, is_placed
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import Failure
+from ..inputs import misuse
 
 P = ParamSpec("P")
 

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.claims import Finding, Index
-from pytest_attnheat.assertions.scan import Block, evenly, row_of
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import row_rounding
-from pytest_attnheat.inputs import dtype_name
+from ..attention.chunks import index_of
+from ..attention.tolerance import row_rounding
+from ..inputs import dtype_name
+from .claims import Finding, Index
+from .scan import Block, evenly, row_of
 
 # The most weights, and rows, that a sample holds: 1 MB in float64.
 _SAMPLE = 2**17

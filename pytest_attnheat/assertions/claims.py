@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.scan import Block, Elements, Parts, Where, any_key
-from pytest_attnheat.attention.chunks import index_within
-from pytest_attnheat.attention.vocabulary import FullyMasked
-from pytest_attnheat.failure import Checked, Failure, Place, number_text
+from ..attention.chunks import index_within
+from ..attention.vocabulary import FullyMasked
+from ..failure import Checked, Failure, Place, number_text
+from .scan import Block, Elements, Parts, Where, any_key
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 # How many last bits of what is off say nothing of which is worst.
 _LAST_BITS = 6

@@ -11,9 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.captured import NothingForbiddenError, Weights, takes_records
-from pytest_attnheat.assertions.causes import Evidence, likely_cause
-from pytest_attnheat.assertions.claims import (
+from ..attention.boxes import LazyMask, as_lazy
+from ..attention.placed import as_placed
+from ..attention.reference import padding_mask, read_lengths
+from ..attention.tolerance import row_tolerance
+from ..attention.vocabulary import SIDES, Alignment, FullyMasked, Side, check_fully_masked
+from ..inputs import ACCEPTED_MASK, as_mask, as_weights, misuse, one_of
+from .captured import NothingForbiddenError, Weights, takes_records
+from .causes import Evidence, likely_cause
+from .claims import (
     Claim,
     Index,
     Says,
@@ -25,27 +31,9 @@ from pytest_attnheat.assertions.claims import (
     masks_nothing,
     permitted_is_positive,
 )
-from pytest_attnheat.assertions.masking_causes import (
-    CausalRule,
-    causal_cause,
-    mask_cause,
-    padding_cause,
-    support_cause,
-)
-from pytest_attnheat.assertions.pictures import failure
-from pytest_attnheat.assertions.scan import Block, Elements, Parts, blocks, elements
-from pytest_attnheat.attention.boxes import LazyMask, as_lazy
-from pytest_attnheat.attention.placed import as_placed
-from pytest_attnheat.attention.reference import padding_mask, read_lengths
-from pytest_attnheat.attention.tolerance import row_tolerance
-from pytest_attnheat.attention.vocabulary import (
-    SIDES,
-    Alignment,
-    FullyMasked,
-    Side,
-    check_fully_masked,
-)
-from pytest_attnheat.inputs import ACCEPTED_MASK, as_mask, as_weights, misuse, one_of
+from .masking_causes import CausalRule, causal_cause, mask_cause, padding_cause, support_cause
+from .pictures import failure
+from .scan import Block, Elements, Parts, blocks, elements
 
 Mask: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | Tensor | np.ndarray[Any, Any]"

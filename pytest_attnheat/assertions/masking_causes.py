@@ -14,23 +14,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.causes import (
-    NEARLY_ALL,
-    Evidence,
-    dropout,
-    opposite_mask,
-    rows_of,
-    share,
-)
-from pytest_attnheat.assertions.claims import by_row
-from pytest_attnheat.assertions.scan import blocks, row_of
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment, Side
-from pytest_attnheat.inputs import misuse, one_of, whole_number
+from ..attention.reference import padding_mask
+from ..attention.vocabulary import ALIGNMENTS, Alignment, Side
+from ..inputs import misuse, one_of, whole_number
+from .causes import NEARLY_ALL, Evidence, dropout, opposite_mask, rows_of, share
+from .claims import by_row
+from .scan import blocks, row_of
 
 # The most weights and batch entries that a sample of keys holds.
 _SAMPLE = 2**17
 _SAMPLE_ENTRIES = 64
+# Of what is padding so much gets weight where no mask was applied; some weights underflow.
+_MOST = 0.9
 # The heads that a sentence names.
 _HEADS_NAMED = 4
 # Masked keys with less than this part of the largest permitted weight hold a little of it.
@@ -86,12 +81,11 @@ def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
     """Return a likely cause of weight on padding, or None."""
     telling, seen = evidence.telling(), _seen_keys(evidence)
     found = (
-        finite_mask(telling),
-        other_padding(seen, lengths, side),
+        finite_mask(telling), other_padding(seen, lengths, side),
         padded_queries(telling, lengths, side),
-        no_padding(seen, lengths),
+        no_padding(seen, lengths, evidence.finding.broken / evidence.finding.of),
         not_a_number(evidence),
-    )
+    )  # fmt: skip
     return named(evidence, found)
 
 
@@ -191,12 +185,17 @@ def other_padding(seen: Tensor, lengths: Sequence[int], side: Side) -> str | Non
     return None
 
 
-def no_padding(seen: Tensor, lengths: Sequence[int]) -> str | None:
-    """Every key of every batch entry gets weight."""
+def no_padding(seen: Tensor, lengths: Sequence[int], part: float) -> str | None:
+    """Every key of every batch entry gets weight, in some part of all that is padding."""
     padded = [i for i, length in enumerate(lengths[: len(seen)]) if length < seen.shape[-1]]
     if not padded or not bool(seen[padded].all()):
         return None
-    return "padding gets weight like the rest: no padding mask was applied?"
+    if part > _MOST:
+        return "padding gets weight like the rest: no padding mask was applied?"
+    return (
+        "padding gets weight in some rows or heads, and none in others: are these the weights of "
+        "other heads or entries, or is the map turned?"
+    )
 
 
 def _real(lengths: Sequence[int], key_len: int, side: Side) -> Tensor:
@@ -388,9 +387,8 @@ def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]
     """Yield other masks that causal code may have used by mistake."""
     # The widest first where some are the same: in small maps a window that is one too wide is no
     # window, and a diagonal that is off by one no mask.
-    # How many keys each key is behind each query, below 0 in its future.
     keys = torch.arange(rule.key_len, device="cpu")
-    behind = queries.unsqueeze(-1) + rule.offset - keys
+    behind = queries.unsqueeze(-1) + rule.offset - keys  # how many keys; below 0 in its future
     if rule.query_len != rule.key_len:
         name: Alignment = "top_left" if rule.alignment == "bottom_right" else "bottom_right"
         other = replace(rule, alignment=name).rows(queries)

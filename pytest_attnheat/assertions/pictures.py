@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
-from pytest_attnheat.assertions.scan import Block, blocks, mask_at
-from pytest_attnheat.attention.boxes import as_lazy
-from pytest_attnheat.attention.placed import as_placed
-from pytest_attnheat.failure import Failure, exponent
-from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from ..attention.boxes import as_lazy
+from ..attention.placed import as_placed
+from ..failure import Failure, exponent
+from ..heatmaps.terminal import format_heatmap, map_name
+from .claims import Claim, Finding, Index, by_row
+from .scan import Block, blocks, mask_at
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 # A small picture shows the worst row and its neighbours.
 _ROWS_SHOWN = 6
@@ -93,8 +93,8 @@ def _draw(
     # Of a large one the neighbourhood of the worst row and key alone, whose numbers are its labels:
     # no more is read, and a weight among so many would not be seen. `worst` is a row, or a row and
     # a key; where no key is worst, all are shown.
-    from pytest_attnheat.heatmaps.maps import HELD
-    from pytest_attnheat.heatmaps.showing import show_heatmaps
+    from ..heatmaps.maps import HELD
+    from ..heatmaps.showing import show_heatmaps
 
     names = ("queries", "keys")[:: -1 if claim.lines.transposed else 1]
     shown = [slice(0, size) for size in weights.shape]

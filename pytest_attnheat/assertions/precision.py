@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.precision_calls import (
+from ..attention.call import Call
+from ..attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
+from ..inputs import misuse, one_of, positive
+from .behaviour.reading import as_function
+from .precision_calls import (
     Criteria,
     Function,
     asking,
@@ -24,10 +27,7 @@ from pytest_attnheat.assertions.precision_calls import (
     runner,
     said,
 )
-from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
-from pytest_attnheat.inputs import misuse, one_of, positive
+from .precision_judging import judge_call
 
 
 def assert_matches_reference(

@@ -14,23 +14,17 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.behaviour.subject import (
-    Described,
-    as_described,
-    as_input,
-    settled,
-    takes,
-)
-from pytest_attnheat.attention.backward import likely_backward_mistake
-from pytest_attnheat.attention.call import FEATURES, Call, check_features
-from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.callables import borrowed, modules_in, seed_all
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import check_number, dtype_name, misuse, seed_number
+from ..attention.backward import likely_backward_mistake
+from ..attention.call import FEATURES, Call, check_features
+from ..attention.cases import DTYPES
+from ..attention.computation import reference
+from ..attention.scoring import draw
+from ..callables import borrowed, modules_in, seed_all
+from ..failure import Checked, Failure, Place
+from ..inputs import check_number, dtype_name, misuse, seed_number
+from .behaviour.functions import AttentionFunction, permitted
+from .behaviour.reading import as_function
+from .behaviour.subject import Described, as_described, as_input, settled, takes
 
 Function: TypeAlias = Callable[..., Any]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.failure import Checked
+from ..failure import Checked
 
 
 @dataclass(frozen=True)

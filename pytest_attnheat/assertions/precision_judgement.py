@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_elements import Judgement
-from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.backward import likely_backward_mistake, names_of
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.outcomes import likely_mistake
-from pytest_attnheat.failure import Failure, Place, number_text
-from pytest_attnheat.heatmaps.terminal import map_name
-from pytest_attnheat.inputs import dtype_name
+from ..attention import computation
+from ..attention.backward import likely_backward_mistake, names_of
+from ..attention.call import Call
+from ..attention.chunks import index_of
+from ..attention.outcomes import likely_mistake
+from ..failure import Failure, Place, number_text
+from ..heatmaps.terminal import map_name
+from ..inputs import dtype_name
+from .precision_elements import Judgement
 
 # What the claim about a gradient ends with, or its cause begins with.
 RIGHT = "the output is right"

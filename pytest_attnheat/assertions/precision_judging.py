@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_calls import (
-    Criteria,
-    Run,
-    check_call,
-    copies,
-    gradients,
-    handed,
-    run_once,
-)
-from pytest_attnheat.assertions.precision_elements import Judgement, judge
-from pytest_attnheat.assertions.precision_judgement import Context, check
-from pytest_attnheat.assertions.precision_rows import (
+from ..attention import computation
+from ..attention.call import Call
+from ..attention.outcomes import rms
+from ..attention.scoring import draw
+from ..attention.vocabulary import HIDDEN_FROM
+from ..callables import borrowed
+from ..failure import Checked, Failure, Place
+from ..inputs import misuse
+from .precision_calls import Criteria, Run, check_call, copies, gradients, handed, run_once
+from .precision_elements import Judgement, judge
+from .precision_judgement import Context, check
+from .precision_rows import (
     BESIDE,
     Runs,
     chosen_rows,
@@ -30,14 +30,6 @@ from pytest_attnheat.assertions.precision_rows import (
     suspects,
     weights_of_runs,
 )
-from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.outcomes import rms
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0

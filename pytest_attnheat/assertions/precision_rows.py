@@ -26,10 +26,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_elements import Judgement
-from pytest_attnheat.attention.call import Call, ScoreMod
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.failure import Failure, Place
+from ..attention.call import Call, ScoreMod
+from ..attention.lazy import LazyWeights
+from ..failure import Failure, Place
+from .precision_elements import Judgement
 
 # Where kernels cut, and where offsets of 16 bits end, with a sign and without.
 _BLOCKS, _BITS = (64, 128), (15, 16)
@@ -309,7 +309,7 @@ def _where(one: Judgement, runs: Runs, count: Callable[[Runs], Judgement]) -> st
             return runs.lost(count)
         text = _unread([runs.spans[one] for one in runs._chosen(lost)], runs.key_len)
         others = (one.found / one.exact)[one.broken & (one.exact > 0) & ~lost]
-        wraps = others.numel() > 0 and start & (start - 1) == 0 and _wraps(one, runs, lost)
+        wraps = others.numel() > 0 and start & (start - 1) == 0 and _wraps(one, lost)
         if wraps:
             return (
                 f"{text}, and {runs.merged(~lost)} get theirs: offsets that wrap at {start} "
@@ -344,7 +344,7 @@ def _cut(one: Judgement, runs: Runs, lost: Tensor, first: int) -> str:
     return f"between {start} and {stop}" if short else f"at {stop}"
 
 
-def _wraps(one: Judgement, runs: Runs, lost: Tensor) -> bool:
+def _wraps(one: Judgement, lost: Tensor) -> bool:
     """Whether the first keys hold what is lost, as they do not where a tail is left out."""
     # A softmax without its tail makes all weights of a row larger by one factor.
     found, exact = one.found[..., ~lost], one.exact[..., ~lost]

@@ -10,16 +10,16 @@ from itertools import product as every_combination
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions import causes
-from pytest_attnheat.assertions.claims import Index
-from pytest_attnheat.assertions.scan import evenly, mask_at
-from pytest_attnheat.attention.boxes import neighbours
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.placed import Placed, as_placed
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.tolerance import row_rounding
-from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.inputs import as_weights, misuse
+from ..attention.boxes import neighbours
+from ..attention.chunks import pieces
+from ..attention.placed import Placed, as_placed
+from ..attention.reference import causal_mask
+from ..attention.tolerance import row_rounding
+from ..attention.vocabulary import Alignment
+from ..inputs import as_weights, misuse
+from . import causes
+from .claims import Index
+from .scan import evenly, mask_at
 
 # What a cause may miss, in units of what rounding does to a row.
 _SLACK = 4.0

@@ -47,13 +47,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.captured import Weights, takes_records
-from pytest_attnheat.assertions.claims import Claim, Spot, find, first_broken
-from pytest_attnheat.assertions.product import Product, likely_cause
-from pytest_attnheat.assertions.scan import Parts, holds_nothing, mask_at
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.failure import number_text
-from pytest_attnheat.inputs import check_tolerance, dtype_name, misuse
+from ..attention.chunks import pieces
+from ..failure import number_text
+from ..inputs import check_tolerance, dtype_name, misuse
+from .captured import Weights, takes_records
+from .claims import Claim, Spot, find, first_broken
+from .product import Product, likely_cause
+from .scan import Parts, holds_nothing, mask_at
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 

@@ -10,36 +10,15 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from pytest_attnheat.assertions.captured import Weights, takes_records
-from pytest_attnheat.assertions.causes import likely_cause
-from pytest_attnheat.assertions.claims import (
-    COLUMNS,
-    ROWS,
-    Claim,
-    Lines,
-    find,
-    first_broken,
-    fully_masked_rows,
-    of_rows,
-)
-from pytest_attnheat.assertions.pictures import failure
-from pytest_attnheat.assertions.scan import (
-    Block,
-    blocks,
-    rows_and_columns_sum_to_one,
-    rows_sum_to_one,
-)
-from pytest_attnheat.attention.boxes import as_lazy
-from pytest_attnheat.attention.tolerance import row_tolerance
-from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
-from pytest_attnheat.inputs import (
-    as_mask,
-    as_weights,
-    check_number,
-    check_tolerance,
-    misuse,
-    one_of,
-)
+from ..attention.boxes import as_lazy
+from ..attention.tolerance import row_tolerance
+from ..attention.vocabulary import FullyMasked, check_fully_masked
+from ..inputs import as_mask, as_weights, check_number, check_tolerance, misuse, one_of
+from .captured import Weights, takes_records
+from .causes import likely_cause
+from .claims import COLUMNS, ROWS, Claim, Lines, find, first_broken, fully_masked_rows, of_rows
+from .pictures import failure
+from .scan import Block, blocks, rows_and_columns_sum_to_one, rows_sum_to_one
 
 Mask: TypeAlias = "Tensor | np.ndarray[Any, Any] | None"
 

@@ -15,11 +15,11 @@ from typing import Generic, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import shared
-from pytest_attnheat.attention.boxes import LazyMask, Transposed, as_lazy, merged
-from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.placed import Placed, as_own, as_placed
-from pytest_attnheat.inputs import wide_dtype
+from ..attention.blocks import shared
+from ..attention.boxes import LazyMask, Transposed, as_lazy, merged
+from ..attention.chunks import pieces, spans
+from ..attention.placed import Placed, as_own, as_placed
+from ..inputs import wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BLOCKS, BackwardPlan, Defect, Plan
-from pytest_attnheat.attention.decisions import backward_defect as _backward
-from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.outcomes import (
+from .call import Call
+from .decisions import BLOCKS, BackwardPlan, Defect, Plan
+from .decisions import backward_defect as _backward
+from .defects import DEFECTS
+from .outcomes import (
     AS_WELL,
     MOST_ALLOWED,
     PART,
@@ -38,17 +38,9 @@ from pytest_attnheat.attention.outcomes import (
     simplest,
     too_large,
 )
-from pytest_attnheat.attention.plan import (
-    Case,
-    NotApplicable,
-    Outcome,
-    carry_out,
-    misread,
-    operands,
-    whole_blocks,
-)
-from pytest_attnheat.attention.sharding import turned
-from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
+from .plan import Case, NotApplicable, Outcome, carry_out, misread, operands, whole_blocks
+from .sharding import turned
+from .tolerance import answer_tolerance, answer_units
 
 # What a backward pass may do wrong of itself. It may also compute the weights once more with any
 # defect of the forward pass: see `attention.backward`.

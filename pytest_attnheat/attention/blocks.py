@@ -16,9 +16,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.parts import flattened, own_maps, own_rows
+from .call import Call
+from .chunks import spans
+from .parts import flattened, own_maps, own_rows
 
 # So many scores at a time stay near the processor while weights are made of them; on a GPU, to
 # start kernels for fewer takes longer than they do. Products of fewer rows are slow.

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import Blocks
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.parts import own_rows
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.inputs import InBoxes, as_whole, dtype_name
+from ..inputs import InBoxes, as_whole, dtype_name
+from .blocks import Blocks
+from .call import Call
+from .chunks import pieces, spans
+from .parts import own_rows
+from .vocabulary import permits
 
 Box = tuple[slice, ...]
 

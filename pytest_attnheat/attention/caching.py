@@ -12,10 +12,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.decisions import ROWS, Misreading, defect
-from pytest_attnheat.attention.misreadings import Case, NotApplicable
-from pytest_attnheat.attention.packing import given, lengths_of
-from pytest_attnheat.attention.storage import Cache, laid_out
+from .decisions import ROWS, Misreading, defect
+from .misreadings import Case, NotApplicable
+from .packing import given, lengths_of
+from .storage import Cache, laid_out
 
 
 @dataclass(frozen=True)

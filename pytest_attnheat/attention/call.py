@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.shards import Shards
-from pytest_attnheat.attention.storage import Storage
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
-from pytest_attnheat.inputs import as_whole, check_number, dtype_name, misuse, whole_number
+from ..inputs import as_whole, check_number, dtype_name, misuse, whole_number
+from .shards import Shards
+from .storage import Storage
+from .vocabulary import Alignment, DeclaredFullyMasked
 
 # (batch, head, query, key) -> whether that query may attend to that key; positions count from 0.
 MaySee: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -8,29 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import FEATURES, FUNCTIONS, Call, check_function
-from pytest_attnheat.attention.devices import ACCEPTED
-from pytest_attnheat.attention.reference import (
-    KINDS,
-    Kind,
-    boolean_mask,
-    causal_mask,
-    checked_scores,
-    padding_mask,
-    sliding_window_mask,
-    weigh,
-)
-from pytest_attnheat.attention.scoring import (
-    DotProductScore,
-    ScaledDotProductScore,
-    Scoring,
-    ScoringFactory,
-    draw,
-    make_scoring,
-    scoring_names,
-)
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, FullyMasked, check_fully_masked
-from pytest_attnheat.inputs import (
+from ..inputs import (
     as_whole,
     broadcasts,
     check_number,
@@ -41,6 +19,28 @@ from pytest_attnheat.inputs import (
     seed_number,
     whole_number,
 )
+from .call import FEATURES, FUNCTIONS, Call, check_function
+from .devices import ACCEPTED
+from .reference import (
+    KINDS,
+    Kind,
+    boolean_mask,
+    causal_mask,
+    checked_scores,
+    padding_mask,
+    sliding_window_mask,
+    weigh,
+)
+from .scoring import (
+    DotProductScore,
+    ScaledDotProductScore,
+    Scoring,
+    ScoringFactory,
+    draw,
+    make_scoring,
+    scoring_names,
+)
+from .vocabulary import ALIGNMENTS, FullyMasked, check_fully_masked
 
 MaskBuilder = Callable[[int, int], Tensor]
 MaskChoice = str | Tensor | MaskBuilder

@@ -42,11 +42,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.parts import Part, add, parts_of, rounded
-from pytest_attnheat.attention.reference import masked_softmax
-from pytest_attnheat.attention.vocabulary import FullyMasked
-from pytest_attnheat.inputs import wide_dtype
+from ..inputs import wide_dtype
+from .call import Call
+from .parts import Part, add, parts_of, rounded
+from .reference import masked_softmax
+from .vocabulary import FullyMasked
 
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).

@@ -11,25 +11,16 @@ import math
 
 import torch
 
-from pytest_attnheat.attention.caching import STORED
-from pytest_attnheat.attention.call import FEATURES
-from pytest_attnheat.attention.decisions import BLOCKS, PREFIX, ROWS, SHARDS, Misreading, Plan
-from pytest_attnheat.attention.decisions import Change as Change
-from pytest_attnheat.attention.decisions import Defect as Defect
-from pytest_attnheat.attention.decisions import defect as _defect
-from pytest_attnheat.attention.misreadings import (
-    BESIDES,
-    CAUSAL,
-    HISTORY,
-    MASK,
-    PADDED,
-    SCALE,
-    WINDOW,
-    without,
-)
-from pytest_attnheat.attention.misreadings_of_numbers import ADDED
-from pytest_attnheat.attention.packing import PACKED
-from pytest_attnheat.attention.sharding import SHARDED
+from .caching import STORED
+from .call import FEATURES
+from .decisions import BLOCKS, PREFIX, ROWS, SHARDS, Misreading, Plan
+from .decisions import Change as Change
+from .decisions import Defect as Defect
+from .decisions import defect as _defect
+from .misreadings import BESIDES, CAUSAL, HISTORY, MASK, PADDED, SCALE, WINDOW, without
+from .misreadings_of_numbers import ADDED
+from .packing import PACKED
+from .sharding import SHARDED
 
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]

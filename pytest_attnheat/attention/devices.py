@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
 
 if TYPE_CHECKING:
     import torch

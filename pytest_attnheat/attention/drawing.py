@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.storage import OWN, Storage
+from .call import Call
+from .scoring import draw
+from .storage import OWN, Storage
 
 Choice: TypeAlias = Mapping[str, Any]
 # The level of each feature that stands for its absence, the ordinary one.

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.cases import as_dtype
-from pytest_attnheat.attention.reference import causal_mask, padding_mask, sliding_window_mask
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import Alignment, Side
-from pytest_attnheat.inputs import dtype_name, one_of, positive, seed_number
+from ..inputs import dtype_name, one_of, positive, seed_number
+from .call import Call
+from .cases import as_dtype
+from .reference import causal_mask, padding_mask, sliding_window_mask
+from .scoring import draw
+from .vocabulary import Alignment, Side
 
 # Where a case does not say otherwise. Twelve is neither a power of two nor a block size.
 _LENGTH, _WIDTH = 12, 16

@@ -10,17 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import Block, Blocks, Tiles, shared
-from pytest_attnheat.attention.boxes import Box, LazyBoxes, LazyMask, merged, neighbours
-from pytest_attnheat.attention.call import FEATURES, Call, check_features
-from pytest_attnheat.attention.chunks import Progress, pieces, spans
-from pytest_attnheat.attention.vocabulary import (
-    ALIGNMENTS,
-    Alignment,
-    FullyMasked,
-    check_fully_masked,
-)
-from pytest_attnheat.inputs import (
+from ..inputs import (
     as_weights,
     dtype_name,
     meant,
@@ -30,6 +20,11 @@ from pytest_attnheat.inputs import (
     seed_number,
     wide_dtype,
 )
+from .blocks import Block, Blocks, Tiles, shared
+from .boxes import Box, LazyBoxes, LazyMask, merged, neighbours
+from .call import FEATURES, Call, check_features
+from .chunks import Progress, pieces, spans
+from .vocabulary import ALIGNMENTS, Alignment, FullyMasked, check_fully_masked
 
 # Rows are sampled so many neighbours at a time: products of fewer are slow.
 _NEIGHBOURS = 16

@@ -16,13 +16,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.covering import Covering, covering
-from pytest_attnheat.attention.drawing import FILLS, HOLDING, WINDOWS, Drawing
-from pytest_attnheat.attention.drawing import NONE as NONE
-from pytest_attnheat.attention.drawing import Choice as Choice
-from pytest_attnheat.attention.storage import OWN, UNUSED
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
+from .call import Call
+from .covering import Covering, covering
+from .drawing import FILLS, HOLDING, WINDOWS, Drawing
+from .drawing import NONE as NONE
+from .drawing import Choice as Choice
+from .storage import OWN, UNUSED
 
 # Some features and their levels.
 Levels: TypeAlias = tuple[tuple[str, Any], ...]

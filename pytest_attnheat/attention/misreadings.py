@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.call import FEATURES, Call, Positions
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, defect
+from .call import FEATURES, Call, Positions
+from .decisions import BLOCKS, ROWS, Misreading, defect
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
@@ -46,11 +46,6 @@ class Case(Call):
     def has_empty_rows(self) -> bool:
         """Whether some query may attend to nothing."""
         return not bool(self.seen.any(-1).all())
-
-    @cached_property
-    def hides(self) -> bool:
-        """Whether some query may not attend to some key."""
-        return not bool(self.seen.all())
 
     def other_corner(self) -> Case:
         """Return the same call, its positions counted from the other corner."""
@@ -406,7 +401,7 @@ PADDED = (
     defect("keys_as_many_as_queries", "that reads as many keys as there are queries, and no more",
            "jax-ml/jax#24491", misread=[_as_many_as_queries, lambda case: _with_zeros(
                case.query_len - case.key_len, False, _as_many_as_queries(case))],
-           fully_masked=ROWS),
+           fully_masked=ROWS, form_of="causal_other_corner"),
     defect("padded_keys_attended",
            "that attends to keys of zeros, with which it fills the last block of keys",
            misread=[partial(padded, block, masked_too)

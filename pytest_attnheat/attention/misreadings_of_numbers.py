@@ -13,17 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, defect
-from pytest_attnheat.attention.misreadings import (
-    Case,
-    at_all,
-    first_head,
-    first_sample,
-    inverted,
-    read,
-    ruled,
-    transposed,
-)
+from .decisions import BLOCKS, ROWS, defect
+from .misreadings import Case, at_all, first_head, first_sample, inverted, read, ruled, transposed
 
 
 def _first(case: Case, given: Tensor) -> Tensor:
@@ -47,6 +38,13 @@ def _as_bias(added: Callable[[Case], Tensor], case: Case) -> Case:
     return replace(case, alibi=None, bias=bias if case.bias is None else case.bias + bias)
 
 
+def _from_the_other_corner(case: Case) -> Tensor:
+    other = case.other_corner()
+    added = other.distant(at_all(other), torch.float64)
+    assert added is not None
+    return added
+
+
 def _signed(case: Case) -> Tensor:
     assert case.alibi is not None
     at = at_all(case)
@@ -63,7 +61,8 @@ def _next_slopes(first: int, case: Case, slopes: Tensor) -> Tensor:
 
 def _next_powers(up: int, case: Case, slopes: Tensor) -> Tensor:
     """The usual slopes with one more in their exponent, or one less, of any number of heads."""
-    return slopes * 2.0 ** (-8.0 * up / 2 ** math.floor(math.log2(len(slopes))))
+    exponent = -8.0 * up / 2 ** math.floor(math.log2(len(slopes)))
+    return slopes * math.exp(exponent * math.log(2.0))
 
 
 def _slopes_of(count: Callable[[float], float], case: Case, slopes: Tensor) -> Tensor:
@@ -88,8 +87,7 @@ ADDED = (
     defect("sinks_scaled", "whose sinks are multiplied by the scale",
            misread=read("sinks", _scaled)),
     defect("alibi_other_corner", "whose ALiBi distances are counted from the other corner",
-           misread=partial(_as_bias, lambda case: case.other_corner().distant(
-               at_all(case.other_corner()), torch.float64))),
+           misread=partial(_as_bias, _from_the_other_corner)),
     defect("alibi_signed", "whose ALiBi takes no absolute value: keys after the query gain",
            misread=partial(_as_bias, _signed)),
     defect("alibi_negative", "whose ALiBi has the wrong sign: far keys gain",

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.decisions import PREFIX, SHARDS, Plan
-from pytest_attnheat.attention.misreadings import Case, NotApplicable
+from .decisions import PREFIX, SHARDS, Plan
+from .misreadings import Case, NotApplicable
 
 
 def in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,20 +21,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import Change, Defect, Misreading
-from pytest_attnheat.attention.defects import DEFECTS, in_order
-from pytest_attnheat.attention.plan import (
-    Case,
-    NotApplicable,
-    Outcome,
-    Plan,
-    Step,
-    carry_out,
-    directly,
-    misread,
-)
-from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
+from .call import Call
+from .decisions import Change, Defect, Misreading
+from .defects import DEFECTS, in_order
+from .plan import Case, NotApplicable, Outcome, Plan, Step, carry_out, directly, misread
+from .tolerance import answer_tolerance, answer_units
 
 # The decisions of a plan that differ from those of the correct one, by name.
 Decisions: TypeAlias = Mapping[str, Any]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call, Positions
-from pytest_attnheat.attention.decisions import ROWS, Misreading, defect
-from pytest_attnheat.attention.misreadings import Case, NotApplicable
+from .call import Call, Positions
+from .decisions import ROWS, Misreading, defect
+from .misreadings import Case, NotApplicable
 
 
 def lengths_of(call: Call) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention import chunks
-from pytest_attnheat.attention.call import Call, Positions
+from . import chunks
+from .call import Call, Positions
 
 # How many float64 matrices (queries x keys) one chunk may make.
 _MATRICES = 16

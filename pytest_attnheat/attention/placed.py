@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.inputs import InBoxes, as_weights, misuse
+from ..inputs import InBoxes, as_weights, misuse
+from .chunks import pieces
 
 T = TypeVar("T")
 Box = tuple[slice, ...]

@@ -14,14 +14,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Positions
-from pytest_attnheat.attention.decisions import Plan as Plan
-from pytest_attnheat.attention.decisions import Source
-from pytest_attnheat.attention.defects import in_order
-from pytest_attnheat.attention.misreadings import Case as Case
-from pytest_attnheat.attention.misreadings import NotApplicable as NotApplicable
-from pytest_attnheat.attention.normalising import divided, in_range, normalised
-from pytest_attnheat.attention.packing import lengths_of
+from .call import Positions
+from .decisions import Plan as Plan
+from .decisions import Source
+from .defects import in_order
+from .misreadings import Case as Case
+from .misreadings import NotApplicable as NotApplicable
+from .normalising import divided, in_range, normalised
+from .packing import lengths_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,23 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.attention.scoring import (
-    Scoring,
-    broadcast,
-    leading_shape,
-    make_scoring,
-    mismatch,
-)
-from pytest_attnheat.attention.vocabulary import (
-    ALIGNMENTS,
-    SIDES,
-    Alignment,
-    FullyMasked,
-    Side,
-    check_fully_masked,
-)
-from pytest_attnheat.inputs import as_whole, dtype_name, misuse, one_of, positive
+from ..inputs import as_whole, dtype_name, misuse, one_of, positive
+from .chunks import query_chunks
+from .scoring import Scoring, broadcast, leading_shape, make_scoring, mismatch
+from .vocabulary import ALIGNMENTS, SIDES, Alignment, FullyMasked, Side, check_fully_masked
 
 Kind = Literal["soft", "hard", "max_pooling", "gating"]
 

@@ -22,8 +22,8 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
+from ..inputs import dtype_name, misuse, one_of, positive, seed_number
+from .chunks import query_chunks
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
 ScoringFactory = Callable[[int, int, int], Scoring]

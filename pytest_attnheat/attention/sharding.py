@@ -13,9 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.decisions import ROWS, Misreading, defect
-from pytest_attnheat.attention.misreadings import Case, NotApplicable, padded, ruled
-from pytest_attnheat.attention.shards import SCHEMES, Shards
+from .decisions import ROWS, Misreading, defect
+from .misreadings import Case, NotApplicable, padded, ruled
+from .shards import SCHEMES, Shards
 
 # For each position of a sequence, the one that it is taken for: another tensor (length,).
 Order: TypeAlias = Callable[[Shards, int], Tensor]

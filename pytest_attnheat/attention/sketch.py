@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
+from .chunks import pieces
+from .vocabulary import HIDDEN_FROM
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Numbers: TypeAlias = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.scoring import draw
+from .scoring import draw
 
 # What slots hold that are not in use. Of ordinary numbers it can be computed what read them.
 UNUSED = ("ordinary", "nan", "large")

@@ -54,8 +54,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
-from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
+from ..inputs import dtype_name, misuse, wide_dtype
+from .vocabulary import HIDDEN_FROM
 
 if TYPE_CHECKING:  # pictures are compared without torch
     import numpy as np

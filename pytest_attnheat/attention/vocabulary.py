@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
-from pytest_attnheat.inputs import dtype_name, one_of
+from ..inputs import dtype_name, one_of
 
 if TYPE_CHECKING:  # pictures are sketched without torch
     from torch import Tensor
@@ -32,11 +32,6 @@ MASK_MEANINGS: tuple[str, ...] = get_args(MaskMeaning)
 # is 0 in every dtype, and the steepest slope of ALiBi (0.5 for 8 heads) reaches it 18,000 keys
 # away.
 HIDDEN_FROM = -9e3
-
-
-def hides(number: float) -> bool:
-    """Whether a number that is added to a score, or put in its place, hides its key."""
-    return number <= HIDDEN_FROM
 
 
 def permits(mask: Tensor) -> Tensor:

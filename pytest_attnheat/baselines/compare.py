@@ -12,18 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.sketch import Numbers, Sketch, positions
-from pytest_attnheat.attention.tolerance import drift_allowed, drift_tolerance
-from pytest_attnheat.baselines.relations import (
-    CLOSE,
-    MOST_PLACES,
-    moves,
-    relation_of_cells,
-    relation_of_sketches,
-)
-from pytest_attnheat.failure import number_text
-from pytest_attnheat.heatmaps.maps import Maps
-from pytest_attnheat.heatmaps.record import Heatmaps
+from ..attention.sketch import Numbers, Sketch, positions
+from ..attention.tolerance import drift_allowed, drift_tolerance
+from ..failure import number_text
+from ..heatmaps.maps import Maps
+from ..heatmaps.record import Heatmaps
+from .relations import CLOSE, MOST_PLACES, moves, relation_of_cells, relation_of_sketches
 
 # To what part of a change of one weight the numbers of its row and column agree in it.
 _AGREE = 0.05
@@ -134,11 +128,8 @@ def _compare_sketches(
         f"panels          {_listed(panels)} of {expected.shape[0]} x {expected.shape[1]}",
     ]
     reason = f"weights differ within pooled cells, most in panel {list(place)}"
-    return DataDifference(reason, details, (*place, *_cell_of(expected, query, key)))
-
-
-def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
-    return query // data.block[0], key // data.block[1]
+    cell = query // expected.block[0], key // expected.block[1]
+    return DataDifference(reason, details, (*place, *cell))
 
 
 def said_of_sketches(

@@ -29,14 +29,14 @@ from matplotlib import ft2font, rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pytest_attnheat.attention.tolerance import drift_allowed
-from pytest_attnheat.baselines.compare import compare_data, tolerance_for
-from pytest_attnheat.heatmaps.colors import Scale
-from pytest_attnheat.heatmaps.figure import HeatmapFigure
-from pytest_attnheat.heatmaps.layout import Layout
-from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
-from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
-from pytest_attnheat.heatmaps.showing import triptych
+from ..attention.tolerance import drift_allowed
+from ..heatmaps.colors import Scale
+from ..heatmaps.figure import HeatmapFigure
+from ..heatmaps.layout import Layout
+from ..heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
+from ..heatmaps.record import Heatmaps, find_record, read_heatmaps
+from ..heatmaps.showing import triptych
+from .compare import compare_data, tolerance_for
 
 Status = Literal["equal", "text", "pooled", "missing", "unreadable", "data", "panels", "pixels"]
 Outcome = Literal["equal", "text", "size", "panels", "rest"]
@@ -226,7 +226,7 @@ def _check_images(baseline: Path, actual: Path, folder: Path, tolerance: float |
 def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query: int) -> list[str]:
     """Draw the queries around the worst one, expected and actual, one above the other."""
     # Comparing needs no torch; only this view of a failure does.
-    from pytest_attnheat.heatmaps.terminal import format_heatmap
+    from ..heatmaps.terminal import format_heatmap
 
     count = expected.values.shape[2]
     first = max(0, min(query - _ROWS_SHOWN // 2, count - _ROWS_SHOWN))

@@ -9,14 +9,14 @@ from itertools import product
 import numpy as np
 import torch
 
-from pytest_attnheat.attention.chunks import CHUNK_BYTES
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.placed import Placed, is_placed, with_whole_rows
-from pytest_attnheat.attention.sketch import Numbers, Sketch, Sketcher
-from pytest_attnheat.callables import apart
-from pytest_attnheat.capture.record import AttentionRecord, name_of, parts_of
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
+from ..attention.chunks import CHUNK_BYTES
+from ..attention.lazy import LazyWeights
+from ..attention.placed import Placed, is_placed, with_whole_rows
+from ..attention.sketch import Numbers, Sketch, Sketcher
+from ..callables import apart
+from ..capture.record import AttentionRecord, name_of, parts_of
+from ..capture.trace import Trace
+from ..inputs import dtype_name, misuse, wide_dtype
 
 STATISTICS = ("entropy", "largest weight", "on the first key", "on the key before", "on itself")
 
@@ -78,13 +78,10 @@ def _layer_of_lazy(weights: LazyWeights) -> Layer:
     _, _, queries, keys = shape = _four(weights)
     here = torch.arange(queries) + keys - queries
     found = _sketched(shape, weights.with_zeros().parts(), here)
-    rows = None if weights.sampled is None else tuple(n for r in weights.rows for n in _range(r))
+    runs = () if weights.sampled is None else weights.rows
+    rows = tuple(n for run in runs for n in range(run.start, run.stop)) or None
     dtype = dtype_name(weights.blocks.call.query)
     return Layer("weights", shape, dtype, *found, None, rows)
-
-
-def _range(rows: slice) -> range:
-    return range(rows.start, rows.stop)
 
 
 def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice, torch.Tensor, int]]:

@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Numbers, Sketch, Sketcher, positions
-from pytest_attnheat.baselines.scaling import factors_of_keys
-from pytest_attnheat.heatmaps.maps import Maps
-from pytest_attnheat.heatmaps.record import Heatmaps
+from ..attention.chunks import spans
+from ..attention.sketch import Numbers, Sketch, Sketcher, positions
+from ..heatmaps.maps import Maps
+from ..heatmaps.record import Heatmaps
+from .scaling import factors_of_keys
 
 # A relation is named where it explains the values to this part of their range.
 CLOSE = 1e-3
@@ -38,6 +38,7 @@ _TRANSPOSED = "transposed: queries and keys are exchanged"
 _SCORES = "its softmax is the baseline: scores (logits) in place of weights?"
 _NORMALISED = "the {} are normalised differently: each is multiplied by its own number"
 _TEMPERATURE = "its scores are multiplied by {:.4g}: another temperature or scale"
+_ELSEWHERE = "each panel holds the same numbers in other places"
 _SIGMOID = "it is the sigmoid of its scores, in place of their softmax"
 _OVER_QUERIES = "its softmax runs over the queries, in place of the keys"
 # By what part of its norm the number of one query may be off before all are looked at.
@@ -110,6 +111,9 @@ def _explanations(
             yield _NORMALISED.format(name), one * (sums[1] / sums[0])
     if (one >= 0).all() and (other >= 0).all():
         yield from _other_softmaxes(one, other)
+    first, second = (np.sort(array.reshape(len(array), -1)) for array in (one, other))
+    if np.allclose(first, second, rtol=CLOSE, atol=0):
+        yield _ELSEWHERE, other
 
 
 def _other_softmaxes(one: Panels, other: Panels) -> Iterator[tuple[str, Panels]]:
@@ -156,6 +160,8 @@ def _order(one: Panels, other: Panels, axis: int) -> npt.NDArray[np.int64]:
 def moves(order: npt.NDArray[np.int64], places: npt.NDArray[np.int64] | None = None) -> str:
     """Say what moved where, of some places; by default of all."""
     names = np.arange(len(order)) if places is None else places
+    if len(order) > 2 and np.array_equal(order, np.arange(len(order))[::-1]):
+        return ": their order is reversed"
     moved = np.flatnonzero(order != np.arange(len(order)))
     said = ", ".join(f"{names[at]} shows what was {names[order[at]]}" for at in moved[:3])
     more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""

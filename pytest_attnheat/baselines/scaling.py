@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Side, positions
+from ..attention.chunks import spans
+from ..attention.sketch import Side, positions
 
 Floats = npt.NDArray[np.float32]
 

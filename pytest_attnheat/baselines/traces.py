@@ -15,24 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.sketch import (
-    Numbers,
-    from_planes,
-    packed,
-    packed_size,
-    planes,
-    unpacked,
-)
-from pytest_attnheat.attention.tolerance import drift_tolerance
-from pytest_attnheat.baselines.compare import numbered, said_of_sketches
-from pytest_attnheat.baselines.judging import Verdict
-from pytest_attnheat.baselines.layers import STATISTICS, Layer, layers_of
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.failure import Failure, Place
-from pytest_attnheat.heatmaps.record import joined, parted, sizes_of
-from pytest_attnheat.inputs import check_tolerance, dtype_names, misuse, multiple
+from ..attention.lazy import LazyWeights
+from ..attention.sketch import Numbers, from_planes, packed, packed_size, planes, unpacked
+from ..attention.tolerance import drift_tolerance
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import Failure, Place
+from ..heatmaps.record import joined, parted, sizes_of
+from ..inputs import check_tolerance, dtype_names, misuse, multiple
+from .compare import numbered, said_of_sketches
+from .judging import Verdict
+from .layers import STATISTICS, Layer, layers_of
 
 # The first folded queries and keys by numbers of their positions that may be equal.
 VERSIONS = (2,)

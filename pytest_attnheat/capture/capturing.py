@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.callables import accelerators, borrowed, random_states, set_random_states
-from pytest_attnheat.capture import CaptureError, CaptureWarning, watching
-from pytest_attnheat.capture.changes import compiled_code_set_aside, find_unseen, may_take_fast_path
-from pytest_attnheat.capture.record import name_of
-from pytest_attnheat.capture.recording import KEPT, Keep, Recording, Wanted
-from pytest_attnheat.capture.selection import Selection, checked_patterns, float_dtype, selection
-from pytest_attnheat.capture.sources import source_of
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.capture.watching import Layers
-from pytest_attnheat.inputs import misuse, one_of
+from ..callables import accelerators, borrowed, random_states, set_random_states
+from ..inputs import misuse, one_of
+from . import CaptureError, CaptureWarning, watching
+from .changes import compiled_code_set_aside, find_unseen, may_take_fast_path
+from .record import name_of
+from .recording import KEPT, Keep, Recording, Wanted
+from .selection import Selection, checked_patterns, float_dtype, selection
+from .sources import source_of
+from .trace import Trace
+from .watching import Layers
 
 _FAST_PATH = "{}: PyTorch's fast path, if it takes it, was off while it was watched"
 

@@ -16,7 +16,7 @@ class Carried:
     """One thing that a module carries."""
 
     feature: Feature  # What it declares
-    name: str  # The attribute: "scaling", "config.sliding_window" ..
+    name: str  # The attribute: "scaling", "config.sliding_window" ...
     # A number: the scale, the cap, how many keys with its own position a query sees, the size of
     # chunks; or the sinks, (heads,)
     value: Any = field(repr=False)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_attnheat.capture import CaptureError
-from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers, original
+from . import CaptureError
+from .trace import Trace, Unseen
+from .watching import Layers, original
 
 _NAMED = re.compile(r"attention|attn|mha(?![a-z])", re.IGNORECASE)
 _OPERATORS = re.compile(

@@ -10,25 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import weights as weights_of
-from pytest_attnheat.attention.call import Call, ScoreMod
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, both, permits
-from pytest_attnheat.callables import apart
-from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.carried import Carried
-from pytest_attnheat.capture.selection import (
-    Selection,
-    batch_entry,
-    chosen,
-    float_dtype,
-    listed,
-    taken,
-    within,
-)
-from pytest_attnheat.inputs import dtype_name, misuse, readable, wide_dtype
+from ..attention.blocks import weights as weights_of
+from ..attention.call import Call, ScoreMod
+from ..attention.chunks import pieces
+from ..attention.lazy import LazyWeights
+from ..attention.reference import causal_mask
+from ..attention.vocabulary import Alignment, both, permits
+from ..callables import apart
+from ..inputs import dtype_name, misuse, readable, wide_dtype
+from . import CaptureMemoryError
+from .carried import Carried
+from .selection import Selection, batch_entry, chosen, float_dtype, listed, taken, within
 
 # Weights that were kept are looked at so many bytes at a time.
 _PART_BYTES = 16 * 2**20
@@ -82,7 +74,8 @@ class AttentionRecord:
         mask_lost: Whether that may have hidden keys, and no mask was seen.
         doubt: What about its shape is a guess; empty if the call says all.
         kind: "linear" if the weights are those that linear attention implies and never holds,
-            "pooling" if they are a softmax of what was not seen to be queries times keys.
+            "pooling" if they are a softmax of what was not seen to be queries times keys, "mixed"
+            if heads or softmaxes were put together after it: rows need not sum to 1.
         part: "keys" if other keys of its rows went where they are not recorded: no row is whole.
             "queries" if its module put other queries beside them: all are numbered from 0.
         carried: What its module carries, which says what its attention should be.
@@ -130,7 +123,7 @@ class AttentionRecord:
     strange: str = ""
     mask_lost: bool = False
     doubt: str = ""
-    kind: Literal["attention", "linear", "pooling"] = "attention"
+    kind: Literal["attention", "linear", "pooling", "mixed"] = "attention"
     part: Part = ""
     scale_steps: tuple[float, ...] = ()
     scaled_before: tuple[float, ...] = ()
@@ -250,6 +243,9 @@ class AttentionRecord:
             raise ValueError(f"{name_of(self)}: queries, keys or scale are not known: {why}")
         some = slice(None) if batch is None else slice(batch, batch + 1)
         query, key, value = (t[some] for t in (self.query, self.key, self.value) if t is not None)
+        if key.shape[1] != value.shape[1]:  # more query heads share the one than the other
+            heads = max(key.shape[1], value.shape[1])
+            key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
         mask, causal = self.given_mask, self.causal
         if self.queries is not None:
             mask, causal = both(mask, _causal(self)), None

@@ -10,23 +10,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.tolerance import residual_tolerance
-from pytest_attnheat.callables import copied
-from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.carried import Carried, carried_by
-from pytest_attnheat.capture.record import (
-    AttentionRecord,
-    Part,
-    name_of,
-    parts_of,
-    sharing,
-    statistics_of,
-)
-from pytest_attnheat.capture.selection import Selection, matches
-from pytest_attnheat.capture.tags import Tags
-from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers, Refused
-from pytest_attnheat.inputs import readable, wide_dtype
+from ..attention.tolerance import residual_tolerance
+from ..callables import copied
+from ..inputs import readable, wide_dtype
+from . import CaptureMemoryError
+from .carried import Carried, carried_by
+from .record import AttentionRecord, Part, name_of, parts_of, sharing, statistics_of
+from .selection import Selection, matches
+from .tags import Tags
+from .trace import Trace, Unseen
+from .watching import Layers, Refused
 
 Keep = Literal["inputs", "weights", "statistics"]
 KEPT: tuple[Keep, ...] = get_args(Keep)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.inputs import misuse, whole_number
+from ..inputs import misuse, whole_number
 
 if TYPE_CHECKING:
-    from pytest_attnheat.capture.record import AttentionRecord
+    from .record import AttentionRecord
 
 # What may be selected: a number, several, or a slice.
 Selection = int | slice | Sequence[int]

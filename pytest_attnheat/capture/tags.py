@@ -114,6 +114,7 @@ class Tag:
     factor: float = 1.0
     sink: tuple[Tensor, Tensor] | None = None  # Weights and scores of the sink left out
     sample: Sample | None = None  # Of what the softmax was given
+    mixed: bool = False  # Whether the weights of several heads, or softmaxes, were put together
     routes: bool = False  # Whether these are weights over the classes of a layer
     of_experts: bool = False  # Whether it holds what several layers made, beside one another
     operands: tuple[Tensor, Tensor] | None = None  # Two, of which it is the product
@@ -159,6 +160,11 @@ class Tags:
         """The number that a tensor was multiplied by; 1 if none is known."""
         tag = self[tensor]
         return 1.0 if tag is None else tag.factor
+
+
+def mixed(weights: Tag) -> Tag:
+    """The tag of weights that are no softmax of their own scores any more."""
+    return replace(weights, scores=None, clean=None, mixed=True)
 
 
 def before_of(sources: Sequence[Tag | Origin | None]) -> tuple[int, ...] | None:

@@ -10,20 +10,13 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.selection import (
-    COLUMNS,
-    Selection,
-    batch_entry,
-    checked_patterns,
-    listed,
-    matches,
-)
-from pytest_attnheat.failure import html_table
-from pytest_attnheat.inputs import misuse, whole_number
+from ..failure import html_table
+from ..inputs import misuse, whole_number
+from .record import AttentionRecord
+from .selection import COLUMNS, Selection, batch_entry, checked_patterns, listed, matches
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 
 @dataclass(frozen=True)
@@ -197,7 +190,7 @@ class Trace(Sequence[AttentionRecord]):
             chosen = self.select(queries=whole_number("query", query, least=-most))
             return chosen._show_query(tokens=tokens, batch=batch, options=options)
         maps, given = self._drawn(tokens, batch, options)
-        from pytest_attnheat.heatmaps.showing import show_heatmaps
+        from ..heatmaps.showing import show_heatmaps
 
         return show_heatmaps(maps, **given)
 
@@ -205,7 +198,7 @@ class Trace(Sequence[AttentionRecord]):
         self, *, tokens: Sequence[str] | None, batch: int, options: dict[str, Any]
     ) -> HeatmapFigure:
         """Draw the only query of the records: tokens down, heads across, a panel per record."""
-        from pytest_attnheat.heatmaps.showing import show_heatmaps
+        from ..heatmaps.showing import show_heatmaps
 
         maps, given = self._drawn(tokens, batch, {})
         mask, heads = given["mask"], self._records[0].heads

@@ -16,9 +16,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from pytest_attnheat.callables import apart
-from pytest_attnheat.capture.record import AttentionRecord, Part
-from pytest_attnheat.capture.tags import Tags
+from ..callables import apart
+from .record import AttentionRecord, Part
+from .tags import Tags
 
 _TRANSFORMED = "it ran inside of torch.func (vmap, grad ...)"
 Function = Callable[..., Any]

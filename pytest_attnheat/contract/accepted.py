@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.visibility import as_documents
-from pytest_attnheat.attention.call import FUNCTIONS, check_function, slopes_of
-from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.devices import check_device
-from pytest_attnheat.attention.levels import MASK_SHAPES
-from pytest_attnheat.attention.shards import SCHEMES, Shards
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
-from pytest_attnheat.callables import plans_and_runs
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.conventions import Convention, recognised
-from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
+from ..assertions.behaviour.visibility import as_documents
+from ..attention.call import FUNCTIONS, check_function, slopes_of
+from ..attention.cases import DTYPES
+from ..attention.devices import check_device
+from ..attention.levels import MASK_SHAPES
+from ..attention.shards import SCHEMES, Shards
+from ..attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
+from ..callables import plans_and_runs
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..inputs import check_number, check_tolerance, dtype_name, misuse
+from .conventions import Convention, recognised
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from .spec import AttentionSpec
 
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights", "lse"]
 # The steps that may be rounded on purpose, in their order.

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, as_meant, recognise
-from pytest_attnheat.attention.call import Call, MaySee
-from pytest_attnheat.attention.levels import OPTIONS
-from pytest_attnheat.attention.storage import Fault
-from pytest_attnheat.callables import exits_as_errors
+from ..assertions.behaviour.sequences import SequenceModel, as_meant, recognise
+from ..attention.call import Call, MaySee
+from ..attention.levels import OPTIONS
+from ..attention.storage import Fault
+from ..callables import exits_as_errors
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from .spec import AttentionSpec
 
 _NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
 # Fields of `Call` that a subject may take under a keyword, by the field of the specification that

@@ -10,33 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.invariance import (
+from ..assertions.behaviour.decoding import assert_decode_matches_prefill
+from ..assertions.behaviour.inside import Inside
+from ..assertions.behaviour.invariance import (
     assert_batch_independent,
     assert_key_permutation_invariant,
 )
-from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
-from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
-from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
-from pytest_attnheat.assertions.behaviour.reading import as_sequence
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, decode_takes
-from pytest_attnheat.assertions.behaviour.subject import differ
-from pytest_attnheat.assertions.behaviour.visibility import as_documents
-from pytest_attnheat.assertions.masking import assert_masked
-from pytest_attnheat.assertions.reproduction import assert_reproduces_output
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.contract.captured import assert_rows, diagnoses, layer_of, records_of
-from pytest_attnheat.contract.examination import Check, Examination, Skipped, check, registered
-from pytest_attnheat.contract.needs import is_causal_block, order_may_matter, takes_padding_mask
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Checked, Failure
+from ..assertions.behaviour.layout import assert_layout_invariant
+from ..assertions.behaviour.leakage import assert_no_leakage
+from ..assertions.behaviour.memory import memory_of
+from ..assertions.behaviour.models import ModelSubject
+from ..assertions.behaviour.padding import assert_padding_invariant
+from ..assertions.behaviour.randomness import assert_deterministic
+from ..assertions.behaviour.reading import as_sequence
+from ..assertions.behaviour.sequences import SequenceModel, decode_takes
+from ..assertions.behaviour.subject import differ
+from ..assertions.behaviour.visibility import as_documents
+from ..assertions.masking import assert_masked
+from ..assertions.reproduction import assert_reproduces_output
+from ..attention.call import Call
+from ..attention.tolerance import output_tolerance
+from ..callables import borrowed, modules_in
+from ..capture import CaptureMemoryError
+from ..capture.record import AttentionRecord
+from ..failure import Checked, Failure
+from .captured import assert_rows, diagnoses, layer_of, records_of
+from .examination import Check, Examination, Skipped, check, registered
+from .needs import is_causal_block, order_may_matter, takes_padding_mask
+from .spec import AttentionSpec
 
 # What is said of a block that seems to hold positions, and does not feel them.
 ORDERLESS = (
@@ -83,8 +84,7 @@ def block_no_leakage(examination: Examination) -> None:
         ragged = [memory.shape[1] - 1 - i % 2 for i in range(len(memory))]
         assert_no_leakage(model, inputs, lengths=ragged, **told)
     elif not _why_not_padded(examination) and min(lengths) > 1:
-        sides: tuple[Side, ...] = ("right", "left") if model.mask != "lengths" else ("right",)
-        for side in sides:
+        for side in model.sides:
             if "may_see" in told and side == "left":
                 told["may_see"] = _shifted(through, lengths)
             try:
@@ -141,7 +141,8 @@ def _why_not_padded(examination: Examination) -> str:
     if reason := takes_padding_mask(examination.spec):
         return reason
     try:
-        as_sequence(*examination.block(), {}).check_padding(needs_mask=True)
+        subject = as_sequence(*examination.block(), {})
+        (memory_of(subject) or subject).check_padding(needs_mask=True)
     except ValueError as reason:
         return str(reason)
     return "documents are packed" if examination.spec.documents is not None else ""
@@ -153,21 +154,30 @@ def _why_not_padded(examination: Examination) -> str:
 def block_padding(examination: Examination) -> None:
     """On the right and on the left, of any content; of a memory, if there is one."""
     model, inputs = examination.block()
-    if model.memory_argument is None and (reason := _why_not_padded(examination)):
+    if reason := _why_not_padded(examination):
         raise Skipped(reason)
     assert_padding_invariant(model, inputs, seed=examination.seed)
 
 
 @check("batch", "a sequence gives the same output alone and in a batch", "block", quick=True,
        issue="PetrochukM/PyTorch-NLP#2")  # fmt: skip
-def block_batch(examination: Examination) -> None:
-    """Up to four sequences alone, and all in another order."""
-    assert_batch_independent(*examination.block(), seed=examination.seed)
+def block_batch(examination: Examination) -> str:
+    """Up to four sequences alone, and all in another order; of packed documents, a word on each."""
+    block, documents = examination.block(), examination.spec.documents
+    assert_batch_independent(*block, seed=examination.seed)
+    if isinstance(documents, Tensor):
+        try:
+            assert_batch_independent(*block, documents=documents, seed=examination.seed)
+        except Failure as failure:  # positions that go on may be meant
+            return f"{failure.claim}: {failure.cause}"
+        except ValueError as reason:
+            return str(reason)
+    return ""
 
 
 @check("decoding", "decoded in chunks it gives what it gives at once", "block",
        needs=is_causal_block, quick=True)  # fmt: skip
-def block_decoding(examination: Examination) -> None:
+def block_decoding(examination: Examination) -> str:
     """With its cache, if it has one, else by prefixes; then a batch of unequal lengths."""
     model, inputs = examination.block()
     spec, seed, length = examination.spec, examination.seed, inputs.shape[1]
@@ -176,9 +186,15 @@ def block_decoding(examination: Examination) -> None:
     # What comes first is seen whole.
     chunks = [spec.prefix, *[1] * (length - spec.prefix)] if 1 < spec.prefix < length else None
     assert_decode_matches_prefill(model, inputs, chunks=chunks, seed=seed)
-    if decode_takes(model) and chunks is None and length > 3 and not _why_not_padded(examination):
+    some = chunks is not None or length <= 3 or "left" not in model.sides
+    if some or _why_not_padded(examination):
+        return ""
+    if decode_takes(model):
         lengths = [length - 2 + i % 3 for i in range(len(inputs))]
         assert_decode_matches_prefill(model, inputs, lengths=lengths, seed=seed)
+    elif model.decode is not None and not model.memory_argument:
+        return f"no batch of unequal lengths: decode= does not take {model.mask_argument}="
+    return ""
 
 
 @check("positions", "the order of tokens matters where it has positions, and there alone",
@@ -243,9 +259,25 @@ def block_layout(examination: Examination) -> None:
 @check("repeats", "the same input gives the same output", "block", quick=True,
        issue="pytorch/pytorch#124464")  # fmt: skip
 def block_repeats(examination: Examination) -> None:
-    """In evaluation mode, whatever the random state."""
+    """In evaluation mode, whatever the random state, with gradients and without."""
     examination.refuse_training()
-    assert_deterministic(*examination.block(), seed=examination.seed)
+    model, inputs = examination.block()
+    assert_deterministic(model, inputs, seed=examination.seed)
+    subject = as_sequence(model, inputs, {})
+    with borrowed(model.module, inputs, seed=examination.seed):
+        with torch.no_grad():
+            base = other = subject.run()
+        with suppress(RuntimeError, NotImplementedError), torch.enable_grad():  # it may have none
+            other = subject.run().detach()
+    allowed = output_tolerance(base.dtype)
+    if differ(other, base, allowed):
+        raise Failure(
+            "",
+            "outputs are others where gradients are computed",
+            cause="what asks for torch.is_grad_enabled(): checkpoints, a fast path, a cache?",
+            tensor=Checked.of(base),
+            tolerance=allowed,
+        )
 
 
 @check("rows", "every row is a distribution", "captured", quick=True,
@@ -328,7 +360,15 @@ def attention_inside(examination: Examination) -> str:
         claim = "attentions that were captured are not what their queries, keys and values make"
         said = "; ".join([wrong[0].sentence, *wrong[0].shows])
         raise Failure("", claim, broken=len(wrong), of=judged, cause=said)
+    if examination.spec.is_block and (cause := _torn_heads(*examination.block())):
+        raise Failure("", "heads hold numbers of several tokens", cause=cause)
     return "; ".join(hints)
+
+
+def _torn_heads(model: SequenceModel, inputs: Tensor) -> str | None:
+    """Why heads are not those of a token: no mask shows it where every token sees all."""
+    with borrowed(model.module, inputs), torch.no_grad():
+        return Inside(as_sequence(model, inputs, {})).why_heads_are_torn()
 
 
 BLOCK_CHECKS: tuple[Check, ...] = registered("block")

@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.rows import assert_row_stochastic
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
-from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked, both
-from pytest_attnheat.callables import borrowed, exits_as_errors, modules_in
-from pytest_attnheat.capture import CaptureError
-from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord, Statistics
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.asking import model_of
-from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Skipped
-from pytest_attnheat.contract.explaining import explained, shown, where_wrong
-from pytest_attnheat.contract.held import Held, held_to
-from pytest_attnheat.contract.matching import Explanation, measure
-from pytest_attnheat.contract.probing import Probe, one_thread
-from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure, Place, number_text
+from ..assertions.behaviour.sequences import SequenceModel
+from ..assertions.rows import assert_row_stochastic
+from ..attention.chunks import index_of
+from ..attention.tolerance import answer_tolerance, row_tolerance
+from ..attention.vocabulary import DeclaredFullyMasked, both
+from ..callables import borrowed, exits_as_errors, modules_in
+from ..capture import CaptureError
+from ..capture.capturing import capture_attention
+from ..capture.record import AttentionRecord, Statistics
+from ..capture.trace import Trace
+from ..failure import Failure, Place, number_text
+from .asking import model_of
+from .diagnosis import Diagnosis, residual_text
+from .examination import Skipped
+from .explaining import explained, shown, where_wrong
+from .held import Held, held_to
+from .matching import Explanation, measure
+from .probing import Probe, one_thread
+from .searching import Search
+from .spec import AttentionSpec
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
@@ -275,7 +275,7 @@ def _listed(reasons: Sequence[str]) -> str:
 
 def assert_rows(record: AttentionRecord, fully_masked: DeclaredFullyMasked) -> None:
     """Assert that the rows of a record are distributions, or what is declared if fully masked."""
-    if record.kind == "linear":  # no softmax makes its rows sum to 1
+    if record.kind in ("linear", "mixed"):  # no softmax makes its rows sum to 1
         return
     # Weights are kept in a dtype of the reader's choice; what rounded them is the model's.
     coarser = max(record.dtype, record.weights_dtype, key=lambda dtype: torch.finfo(dtype).eps)

@@ -13,38 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.invariance import assert_batch_independent
-from pytest_attnheat.assertions.behaviour.layout import (
-    assert_layout_invariant,
-    check_unwritten,
-    versions_of,
-)
-from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
-from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
-from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
-from pytest_attnheat.assertions.precision import assert_gradients_match
-from pytest_attnheat.assertions.reproduction import assert_reproduces_output
-from pytest_attnheat.assertions.rows import assert_row_stochastic
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.drawing import RAGGED, SAME, WINDOWS
-from pytest_attnheat.attention.levels import NONE, OPTIONS, STORED, Choice, text_of
-from pytest_attnheat.attention.shards import Shards
-from pytest_attnheat.attention.storage import UNUSED
-from pytest_attnheat.contract.block_checks import BLOCK_CHECKS as BLOCK_CHECKS
-from pytest_attnheat.contract.block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
-from pytest_attnheat.contract.combinations import ask_pairs
-from pytest_attnheat.contract.examination import Check as Check
-from pytest_attnheat.contract.examination import (
-    Examination,
-    Skipped,
-    check,
-    is_about_dtypes,
-    registered,
-)
-from pytest_attnheat.contract.needs import (
+from ..assertions.behaviour.decoding import assert_decode_matches_prefill
+from ..assertions.behaviour.invariance import assert_batch_independent
+from ..assertions.behaviour.layout import assert_layout_invariant, check_unwritten, versions_of
+from ..assertions.behaviour.leakage import assert_no_leakage
+from ..assertions.behaviour.padding import assert_padding_invariant
+from ..assertions.behaviour.randomness import assert_deterministic
+from ..assertions.precision import assert_gradients_match
+from ..assertions.reproduction import assert_reproduces_output
+from ..assertions.rows import assert_row_stochastic
+from ..attention.call import Call
+from ..attention.chunks import index_of
+from ..attention.computation import reference
+from ..attention.drawing import RAGGED, SAME, WINDOWS
+from ..attention.levels import NONE, OPTIONS, STORED, Choice, text_of
+from ..attention.shards import Shards
+from ..attention.storage import UNUSED
+from ..failure import Checked, Failure, Place
+from .block_checks import BLOCK_CHECKS as BLOCK_CHECKS
+from .block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
+from .combinations import ask_pairs
+from .examination import Check as Check
+from .examination import Examination, Skipped, check, is_about_dtypes, registered
+from .needs import (
     Need,
     all_of,
     declares_fully_masked,
@@ -64,10 +55,9 @@ from pytest_attnheat.contract.needs import (
     takes_option,
     takes_several_lengths,
 )
-from pytest_attnheat.contract.returned import judge_lse
-from pytest_attnheat.contract.sharded import judge_dropout_of_ranks
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Checked, Failure, Place
+from .returned import judge_lse
+from .sharded import judge_dropout_of_ranks
+from .spec import AttentionSpec
 
 # Query heads to a key head: more than the tiles of 16 that kernels take them in, and no multiple.
 _MANY = 24
@@ -330,7 +320,7 @@ def layout(examination: Examination) -> None:
         call = examination.case(value_dim="equal", **({"mask": "boolean"} if masked else {}))
     except Skipped:
         return
-    given = {} if call.mask is None else {"attn_mask": call.mask}
+    given: dict[str, Any] = {} if call.mask is None else {"attn_mask": call.mask}
     assert_layout_invariant(_of_whole_masks(examination), *call.tensors, **given)
 
 

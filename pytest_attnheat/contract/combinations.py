@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
-from pytest_attnheat.assertions.precision_judgement import RIGHT
-from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.drawing import RAGGED, SAME
-from pytest_attnheat.attention.levels import (
+from ..assertions.precision_judgement import RIGHT
+from ..attention.cases import DTYPES
+from ..attention.drawing import RAGGED, SAME
+from ..attention.levels import (
     NONE,
     OPTIONS,
     SIZES,
@@ -25,15 +25,9 @@ from pytest_attnheat.attention.levels import (
     shrunk,
     text_of,
 )
-from pytest_attnheat.contract.examination import (
-    Check,
-    Examination,
-    Skipped,
-    is_about_dtypes,
-    is_refusal,
-)
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name, misuse
+from ..failure import Failure
+from ..inputs import dtype_name, misuse
+from .examination import Check, Examination, Skipped, is_about_dtypes, is_refusal
 
 # Features whose levels may be refused: all but what is asked of the answer.
 _ASKED = ("numbers", "gradients")

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from pytest_attnheat.contract.block_checks import BLOCK_CHECKS
-from pytest_attnheat.contract.captured import causal_inside
-from pytest_attnheat.contract.conventions import fitting
-from pytest_attnheat.contract.examination import Check, Examination, Skipped
-from pytest_attnheat.contract.needs import all_undeclared, undeclared_tensors
-from pytest_attnheat.contract.spec import AttentionSpec
+from .block_checks import BLOCK_CHECKS
+from .captured import causal_inside
+from .conventions import fitting
+from .examination import Check, Examination, Skipped
+from .needs import all_undeclared, undeclared_tensors
+from .spec import AttentionSpec
 
 _MASKS = ({"mask": "keep"}, {"mask": "drop"})
 _LAYOUTS = ({"layout": "bhld"}, {"layout": "blhd"})

@@ -16,32 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.outcomes import finite
-from pytest_attnheat.attention.plan import Plan, carry_out
-from pytest_attnheat.attention.tolerance import answer_tolerance
-from pytest_attnheat.callables import always_compiled, random_kept, seed_all
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.captured import diagnose_records
-from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.explaining import explained, filled
-from pytest_attnheat.contract.matching import Explanation, errors, measure
-from pytest_attnheat.contract.probing import (
-    Probe,
-    ask,
-    blueprints,
-    inferred_weights,
-    one_thread,
-    probe,
-    with_identity,
-)
-from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.returned import with_returned
-from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.inputs import dtype_name, misuse, seed_number
+from ..attention.defects import DEFECTS, Defect
+from ..attention.outcomes import finite
+from ..attention.plan import Plan, carry_out
+from ..attention.tolerance import answer_tolerance
+from ..callables import always_compiled, random_kept, seed_all
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..inputs import dtype_name, misuse, seed_number
+from .captured import diagnose_records
+from .diagnosis import Diagnosis, residual_text
+from .examination import Examination
+from .explaining import explained, filled
+from .matching import Explanation, errors, measure
+from .probing import Probe, ask, blueprints, inferred_weights, one_thread, probe, with_identity
+from .ready import as_spec
+from .returned import with_returned
+from .searching import Search
+from .spec import AttentionSpec
 
 # Not float64 first: code that computes some steps in float32 is not wrong in float32.
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -108,7 +100,7 @@ def diagnose(
             if not probes:
                 refused[name] = next(iter(refused_here.values()), "")
                 continue
-            last = _diagnosed(spec, seed, probes, refused_here)
+            last = _diagnosed(spec, probes, refused_here)
         if not last.healthy:
             elsewhere = [f"correct in {', '.join(sound)}"] if sound else []
             return replace(last, notes=(*last.notes, *elsewhere))
@@ -134,7 +126,7 @@ def diagnose(
 def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
     """Ask the subject all cases; return its answers, and why others were refused."""
     probes, refused = [], {}
-    tolerance = _tolerance(examination.spec, examination.dtype)
+    tolerance = max(answer_tolerance(examination.dtype), examination.spec.tolerance or 0.0)
     for blueprint in blueprints(examination.spec, examination.dtype):
         answer = probe(examination, blueprint, tolerance)
         if isinstance(answer, Probe):
@@ -144,13 +136,7 @@ def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
     return probes, refused
 
 
-def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
-    return max(answer_tolerance(dtype), spec.tolerance or 0.0)
-
-
-def _diagnosed(
-    spec: AttentionSpec, seed: int, probes: Sequence[Probe], refused: dict[str, str]
-) -> Diagnosis:
+def _diagnosed(spec: AttentionSpec, probes: Sequence[Probe], refused: dict[str, str]) -> Diagnosis:
     first = probes[0]
     again = ask(spec, first.case, first.dtype)
     if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(first.output)):

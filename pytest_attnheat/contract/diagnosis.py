@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.failure import html_table
-from pytest_attnheat.heatmaps.terminal import format_heatmap
+from ..failure import html_table
+from ..heatmaps.terminal import format_heatmap
 
 if TYPE_CHECKING:
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..heatmaps.figure import HeatmapFigure
 
 # Maps in a message.
 _MOST_ROWS, _MOST_KEYS = 8, 16
@@ -135,7 +135,7 @@ class Diagnosis:
         Raises:
             ValueError: There are no weights, as for a subject whose output is right.
         """
-        from pytest_attnheat.heatmaps.showing import show_heatmaps
+        from ..heatmaps.showing import show_heatmaps
 
         maps = self._maps()
         if not maps:

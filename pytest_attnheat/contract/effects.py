@@ -12,16 +12,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_elements import judge
-from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.backward import Saved, carried_back, off_by
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BackwardPlan
-from pytest_attnheat.attention.outcomes import MOST_ALLOWED, Expected, Outcomes, digest
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
-from pytest_attnheat.attention.tolerance import answer_tolerance
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Form, Version
+from ..assertions.precision_elements import judge
+from ..attention import computation
+from ..attention.backward import Saved, carried_back, off_by
+from ..attention.call import Call
+from ..attention.decisions import BackwardPlan
+from ..attention.outcomes import MOST_ALLOWED, Expected, Outcomes, digest
+from ..attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from ..attention.tolerance import answer_tolerance
+from .spec import AttentionSpec
+from .versions import Form, Version
 
 # By how many times what a plain computation is off, at each number, a defect has to be: what
 # `assert_matches_reference` allows. And by how many times what the target itself is off.

@@ -12,28 +12,19 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.precision_calls import Criteria, Run
-from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.computation import plain, reference
-from pytest_attnheat.attention.levels import (
-    NONE,
-    NUMBERS,
-    OPTIONS,
-    Choice,
-    Declared,
-    Space,
-    said_of,
-    text_of,
-)
-from pytest_attnheat.attention.shards import Shards
-from pytest_attnheat.callables import borrowed, exits_as_errors, is_past_compiling, modules_in
-from pytest_attnheat.contract.asking import UndeclaredError, keyword_of, model_of
-from pytest_attnheat.contract.needs import Need, takes_causal, takes_mask
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name
+from ..assertions.behaviour.sequences import SequenceModel
+from ..assertions.precision_calls import Criteria, Run
+from ..assertions.precision_judging import judge_call
+from ..attention.call import Call
+from ..attention.computation import plain, reference
+from ..attention.levels import NONE, NUMBERS, OPTIONS, Choice, Declared, Space, said_of, text_of
+from ..attention.shards import Shards
+from ..callables import borrowed, exits_as_errors, is_past_compiling, modules_in
+from ..failure import Failure
+from ..inputs import dtype_name
+from .asking import UndeclaredError, keyword_of, model_of
+from .needs import Need, takes_causal, takes_mask
+from .spec import AttentionSpec
 
 # What a check examines: a function, a block with projections of its own, or what was captured.
 Kind: TypeAlias = Literal["function", "block", "captured"]

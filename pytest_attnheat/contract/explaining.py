@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.plan import Case, Plan, carry_out
-from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, number_list, residual_text
-from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly, wrong_rows
-from pytest_attnheat.contract.observing import observed
-from pytest_attnheat.contract.probing import Probe, WeightsOf
-from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.inputs import dtype_name
+from ..attention.defects import Defect
+from ..attention.plan import Case, Plan, carry_out
+from ..inputs import dtype_name
+from .diagnosis import EXPLAINS, Diagnosis, number_list, residual_text
+from .matching import Explanation, errors, measure, nearly, wrong_rows
+from .observing import observed
+from .probing import Probe, WeightsOf
+from .searching import Search
 
 _MOST_TIES = 4
 _LISTED = 4
@@ -43,6 +43,12 @@ def explained(
     if not search:
         return replace(base, sentence=f"{name} is not attention as declared", refused=refused)
     diagnosis = replace(base, refused=refused, where=where_wrong(probes), **shown(weights, probes))
+    if all(bool(one.output.isnan().all()) for one in probes):
+        return replace(
+            diagnosis,
+            sentence=f"{name} gives nan and nothing else, as many mistakes in its mask or in its "
+            "scores make it: by which, these numbers do not tell",
+        )
     if correct.fit.excess <= nearly(probes):
         # Any small change might explain that, so none is named.
         return replace(
@@ -84,12 +90,9 @@ def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explan
         return fitted
 
     attempts: tuple[Callable[[], list[Explanation]], ...] = (
-        lambda: search.by_constant([Explanation()]),
-        search.in_some_cases,
-        search.in_pairs,
-        with_constant,
-        lambda: search.step_by_step(fitted),
-    )
+        lambda: search.by_constant([Explanation()]), search.in_some_cases, search.in_pairs,
+        with_constant, lambda: search.step_by_step(fitted),
+    )  # fmt: skip
     for attempt in attempts:
         if any(one.reproduces for one in found):
             break

@@ -17,18 +17,18 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from pytest_attnheat.attention.chunks import Progress
-from pytest_attnheat.callables import borrowed, seed_everything
-from pytest_attnheat.contract.effects import never_exercised
-from pytest_attnheat.contract.needs import all_undeclared
-from pytest_attnheat.contract.planting import Planted
-from pytest_attnheat.contract.planting_inside import NOTHING_INSIDE, SDPA, Inside, PlantedInside
-from pytest_attnheat.contract.reading_calls import unreadable
-from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.remedy import Remedy, remedy_for
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version, simple_name, versions
-from pytest_attnheat.inputs import check_number, misuse, seed_number
+from ..attention.chunks import Progress
+from ..callables import borrowed, seed_everything
+from ..inputs import check_number, misuse, seed_number
+from .effects import never_exercised
+from .needs import all_undeclared
+from .planting import Planted
+from .planting_inside import NOTHING_INSIDE, SDPA, Inside, PlantedInside
+from .reading_calls import unreadable
+from .ready import as_spec
+from .remedy import Remedy, remedy_for
+from .spec import AttentionSpec
+from .versions import Version, simple_name, versions
 
 Status: TypeAlias = Literal["killed", "survived", "inactive"]
 Judge: TypeAlias = Callable[[Any], Any]
@@ -251,9 +251,8 @@ class Study:
         order = {one.name: number for number, one in enumerate(self.versions)}
         ranked = sorted(verdicts, key=lambda one: order[one.name])
 
-        def having(status: str, *, trivial: bool = False) -> tuple[Verdict, ...]:
-            return tuple(v for v in ranked if v.status == status
-                         and (v.kind == "trivial") is trivial)  # fmt: skip
+        def having(status: str) -> tuple[Verdict, ...]:
+            return tuple(v for v in ranked if v.status == status and v.kind != "trivial")
 
         trivial = tuple(v for v in ranked if v.kind == "trivial")
         left = [v for v in ranked if v.status == "survived"]

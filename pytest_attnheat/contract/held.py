@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.carried import Carried
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.call import Call
+from ..attention.plan import Case
+from ..attention.vocabulary import permits
+from ..capture.carried import Carried
+from ..capture.record import AttentionRecord
+from .spec import AttentionSpec
 
 # How far a number may be off by rounding: some models compute their scale in half precision.
 _ALIKE = 1e-3
+# What a token sees, as it is declared.
+_RULES = ("window", "chunk", "prefix", "sink_keys", "may_see")
 # How far rows are from one length that a normalisation gave them.
 _NORMALISED = 1e-3
 
@@ -75,8 +77,10 @@ def _case(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: bool)
     if record.hides_softly:
         said["fully_masked"] = "undefined"
     said |= {"mask": _wide(mask), "bias": bias if bias is not None and bool(bias.any()) else None}
-    case = Case(**{**said, **_declared(record, spec, own=own)}, name=name, dtype=record.dtype)
-    return replace(case, mask=_beyond(case))
+    declared = _declared(record, spec, own=own)
+    case = Case(**{**said, **declared}, name=name, dtype=record.dtype)
+    # What is declared of a block is all that it sees in a layer, not the most that it may.
+    return replace(case, mask=_beyond(case, exact=spec.is_block and any(map(declared.get, _RULES))))
 
 
 def _wide(value: Any) -> Any:
@@ -96,11 +100,12 @@ def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dic
     if {"alibi", "score_mod"} & found.keys():
         found["bias"] = None  # in place of what was seen
     causal, rules = record.causal, dict[str, Any]()
-    # The claim of a block is about its own sequence, not about one that it looks things up in.
-    if not spec.is_block or (own and query_len == key_len):
+    # The claim of a block is about its own sequence, not about one that it looks things up in, nor
+    # about windows that its sequences were cut into.
+    cut = spec.inputs is not None and (record.shape[0] > len(spec.inputs) or bool(record.doubt))
+    if not spec.is_block or (own and query_len == key_len and not cut):
         causal = (spec.causal if spec.is_block else None) or causal
-        names = ("window", "chunk", "prefix", "sink_keys", "may_see")
-        rules = {n: always[n] for n in names if always.get(n)}
+        rules = {n: always[n] for n in _RULES if always.get(n)}
         if isinstance(spec.documents, Tensor):
             of_all = spec.documents.cpu()[: record.shape[0] if spec.documents.ndim > 1 else None]
             rules["documents"] = (of_all.expand(record.shape[0], -1),) * 2
@@ -115,15 +120,19 @@ def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dic
     return {**found, **rules, "causal": causal is not None or always_causal}
 
 
-def _beyond(case: Case) -> Tensor | None:
+def _beyond(case: Case, *, exact: bool) -> Tensor | None:
     """What the mask hides besides what is declared; None if that is nothing."""
-    # A mask that was to make attention causal, and is wrong, would else be taken as told.
+    # A mask that was to make attention causal, and is wrong, would else be taken as told. `exact`:
+    # what is declared says all that is seen, but for padding.
     mask = case.mask
     if mask is None or bool(mask.all()):
         return None
     if case.query_len > 1 and torch.equal(mask, mask[..., :1, :].expand_as(mask)):
         return mask  # padding: it was not to make it causal
-    mask = mask | ~replace(case, mask=None, bias=None).visible()
+    if exact:  # keys that nobody sees are padding, and queries that see nothing
+        mask = mask.any(-2, keepdim=True) & mask.any(-1, keepdim=True)
+    else:
+        mask = mask | ~replace(case, mask=None, bias=None).visible()
     # Nobody hides all tokens from themselves on purpose: then the mask is one place off.
     square = case.causal and case.query_len == case.key_len
     if square and not bool(mask.expand(case.shape).diagonal(dim1=-2, dim2=-1).any()):

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from pytest_attnheat.attention.devices import fault_of
-from pytest_attnheat.attention.levels import Choice, Declared, Space, read, shrunk
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.contract import processes
-from pytest_attnheat.contract.combinations import REPLAY, Replay
-from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Check, Examination
-from pytest_attnheat.contract.running import KNOWN, Result, checks_of, diagnosis_of, run_check
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import check_number, dtype_name, misuse
+from ..attention.devices import fault_of
+from ..attention.levels import Choice, Declared, Space, read, shrunk
+from ..callables import is_compiled
+from ..failure import Failure
+from ..inputs import check_number, dtype_name, misuse
+from . import processes
+from .combinations import REPLAY, Replay
+from .diagnosis import Diagnosis
+from .examination import Check, Examination
+from .running import KNOWN, Result, checks_of, diagnosis_of, run_check
+from .spec import AttentionSpec
 
 # How long one call may take, in seconds, and a new Python to start.
 TIME_LIMIT, _START_LIMIT = 120.0, 300.0

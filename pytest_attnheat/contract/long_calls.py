@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_calls import Criteria
-from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import LOG
-from pytest_attnheat.attention.levels import NONE
-from pytest_attnheat.contract.examination import Check, Examination, Skipped
-from pytest_attnheat.contract.needs import has_gradients
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name, readable
+from ..assertions.precision_calls import Criteria
+from ..assertions.precision_judging import judge_call
+from ..attention.call import Call
+from ..attention.chunks import LOG
+from ..attention.levels import NONE
+from ..failure import Failure
+from ..inputs import dtype_name, readable
+from .examination import Check, Examination, Skipped
+from .needs import has_gradients
 
 # Beyond 2^16, and no multiple of a block.
 LONGEST = 2**17 - 27

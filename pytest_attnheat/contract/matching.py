@@ -12,18 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.outcomes import (
-    Decisions,
-    Expected,
-    Outcomes,
-    expected,
-    kept_outcomes,
-    stacked,
-)
-from pytest_attnheat.attention.plan import Plan
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.probing import Probe
+from ..attention.defects import Defect
+from ..attention.outcomes import Decisions, Expected, Outcomes, expected, kept_outcomes, stacked
+from ..attention.plan import Plan
+from ..attention.tolerance import is_fine
+from .probing import Probe
 
 _MOST_ALLOWED = 0.5
 # Where a step is rounded to a coarse dtype, another order of the same operations may round

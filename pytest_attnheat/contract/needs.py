@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
-from pytest_attnheat.contract.asking import KEYWORDS, keyword_of, model_of
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
+from .asking import KEYWORDS, keyword_of, model_of
+from .spec import AttentionSpec
 
 Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
 # A cache, or the flag that asks for one.

@@ -14,12 +14,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.outcomes import finite
-from pytest_attnheat.attention.plan import Case, Plan, carry_out
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.diagnosis import number_list
-from pytest_attnheat.contract.matching import wrong_rows
-from pytest_attnheat.contract.probing import Probe, WeightsOf
+from ..attention.outcomes import finite
+from ..attention.plan import Case, Plan, carry_out
+from ..attention.tolerance import is_fine
+from .diagnosis import number_list
+from .matching import wrong_rows
+from .probing import Probe, WeightsOf
 
 # A law may leave this part of what it explains. Rounding leaves less of weights above the
 # smallest, in float32; a law of another kind leaves a twentieth and more.

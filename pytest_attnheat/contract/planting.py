@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from pytest_attnheat.attention.backward import carried_back
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BackwardPlan
-from pytest_attnheat.attention.outcomes import as_case, digest
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.contract.conventions.reading import SetAsideError, UnreadError
-from pytest_attnheat.contract.effects import Change, Effect, Known, Slopes
-from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.reading_calls import Reading, read, signature_of
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Form, Version
+from ..attention.backward import carried_back
+from ..attention.call import Call
+from ..attention.decisions import BackwardPlan
+from ..attention.outcomes import as_case, digest
+from ..attention.plan import Case, NotApplicable, Outcome, Plan, misread
+from ..attention.scoring import draw
+from .conventions.reading import SetAsideError, UnreadError
+from .effects import Change, Effect, Known, Slopes
+from .probing import one_thread
+from .reading_calls import Reading, read, signature_of
+from .spec import AttentionSpec
+from .versions import Form, Version
 
 # Above so many scores a call takes too much memory in float64.
 _MOST_SCORES = 2**25
@@ -110,9 +110,11 @@ class Planted:
         known = self._recall(reading, found)
         if not known.is_reproduced:
             error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
+            query, key = reading.call.query, reading.call.key
             raise UnreadError(
                 "what is described does not give its own answer to within rounding: it is off by "
-                f"{float(error):.2g}, in {reading.call.query.dtype} {_sizes(reading.call)}"
+                f"{float(error):.2g}, in {query.dtype} query {tuple(query.shape)}, key "
+                f"{tuple(key.shape)}"
             )
         back = _beside(self.spec, reading, known, answer)
         self._note(reading, output)
@@ -363,7 +365,3 @@ def _alike(made: Tensor, more: Tensor) -> bool:
     sums = made.isfinite() & more.isfinite()
     near = 4 * torch.finfo(torch.float32).eps ** 0.5
     return bool(sums.any()) and torch.allclose(made[sums], more[sums], rtol=0.02, atol=10 * near)
-
-
-def _sizes(call: Call) -> str:
-    return f"query {tuple(call.query.shape)}, key {tuple(call.key.shape)}"

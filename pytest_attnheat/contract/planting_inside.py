@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pytest_attnheat.callables import parameters_of, random_kept
-from pytest_attnheat.capture.sources.sdpa import multi_head_unasking
-from pytest_attnheat.contract.conventions import fitting
-from pytest_attnheat.contract.effects import Effect
-from pytest_attnheat.contract.planting import Planted
-from pytest_attnheat.contract.ready import READY_MADE, as_spec
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version
+from ..callables import parameters_of, random_kept
+from ..capture.sources.sdpa import multi_head_unasking
+from .conventions import fitting
+from .effects import Effect
+from .planting import Planted
+from .ready import READY_MADE, as_spec
+from .spec import AttentionSpec
+from .versions import Version
 
 SDPA = functional.scaled_dot_product_attention
 NOTHING_INSIDE = (
@@ -171,7 +171,9 @@ class PlantedInside:
         active, planted = self.effect.active, self._of(SDPA)
         planted.keep_weights()
         with random_kept([wanted["query"].device]), self._mode:
-            output, _ = run(**{**wanted, "need_weights": False, **_unhinted(wanted)})
+            # With weights, being causal is but a hint of what the mask says.
+            hint = {} if wanted.get("attn_mask") is None else {"is_causal": False}
+            output, _ = run(**{**wanted, "need_weights": False, **hint})
         answer = run(**wanted)
         if self.version is not None and self.version.kind == "backward":
             return output, answer[1]
@@ -234,11 +236,6 @@ def _described(target: Callable[..., Any], given: Sequence[Any], named: Mapping[
 
 
 _MULTI_HEAD = tuple(parameters_of(functional.multi_head_attention_forward) or ())
-
-
-def _unhinted(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """With weights, being causal is but a hint of what the mask says."""
-    return {} if wanted.get("attn_mask") is None else {"is_causal": False}
 
 
 class _Mode(TorchFunctionMode):

@@ -19,15 +19,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.drawing import WINDOWS
-from pytest_attnheat.attention.levels import NONE, SIZES, Choice, Declared, Levels, Space, text_of
-from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.storage import Fault
-from pytest_attnheat.contract.asking import Answer
-from pytest_attnheat.contract.asking import ask as asked
-from pytest_attnheat.contract.examination import Examination, Skipped
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.drawing import WINDOWS
+from ..attention.levels import NONE, SIZES, Choice, Declared, Levels, Space, text_of
+from ..attention.plan import Case
+from ..attention.scoring import draw
+from ..attention.storage import Fault
+from .asking import Answer
+from .asking import ask as asked
+from .examination import Examination, Skipped
+from .spec import AttentionSpec
 
 # The longest case of a window or a chunk.
 _WIDEST = 300

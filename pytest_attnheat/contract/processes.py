@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from pytest_attnheat.callables import accelerators
-from pytest_attnheat.inputs import misuse
+from ..callables import accelerators
+from ..inputs import misuse
 
 
 def started(target: Callable[..., None], given: Any, argument: str, name: str) -> tuple[Any, Any]:

@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from pytest_attnheat.attention.chunks import Progress
-from pytest_attnheat.attention.devices import check_device, visible_devices
-from pytest_attnheat.contract import processes
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import check_number, misuse, positive
+from ..attention.chunks import Progress
+from ..attention.devices import check_device, visible_devices
+from ..failure import Failure
+from ..inputs import check_number, misuse, positive
+from . import processes
 
 # How long one call may take, in seconds; and the start of a group, which may import torch again.
 TIME_LIMIT, _START_LIMIT = 120.0, 300.0

@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.contract.asking import KEYWORDS, dense, keyword_of
-from pytest_attnheat.contract.conventions.dense import with_itself
-from pytest_attnheat.contract.conventions.reading import (
-    Arguments,
-    Given,
-    SetAsideError,
-    UnreadError,
-    as_mask,
-    four,
-    three,
-)
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.call import Call
+from .asking import KEYWORDS, dense, keyword_of
+from .conventions.dense import with_itself
+from .conventions.reading import Arguments, Given, SetAsideError, UnreadError, as_mask, four, three
+from .spec import AttentionSpec
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Arguments that change nothing of what is computed.

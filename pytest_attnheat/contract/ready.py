@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.inputs import misuse
+from ..attention.scoring import draw
+from ..callables import is_compiled
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..inputs import misuse
+from .spec import AttentionSpec
 
 _BATCH, _LENGTH = 2, 9
 # Blocks that need no inputs to be given.

@@ -9,19 +9,19 @@ from functools import cached_property
 
 import torch
 
-from pytest_attnheat.assertions.precision_calls import Criteria, asking, described_call
-from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.cases import as_dtype
-from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
-from pytest_attnheat.attention.levels import Choice
-from pytest_attnheat.attention.outcomes import as_case
-from pytest_attnheat.contract.effects import Known, Slopes
-from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.planting import Planted, shows_in_gradients, slopes_of
-from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version
+from ..assertions.precision_calls import Criteria, asking, described_call
+from ..assertions.precision_judging import judge_call
+from ..attention.call import Call
+from ..attention.cases import as_dtype
+from ..attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
+from ..attention.levels import Choice
+from ..attention.outcomes import as_case
+from .effects import Known, Slopes
+from .examination import Examination
+from .planting import Planted, shows_in_gradients, slopes_of
+from .probing import one_thread
+from .spec import AttentionSpec
+from .versions import Version
 
 # Samples must differ for defects that mix them up to show.
 _BATCH = 2

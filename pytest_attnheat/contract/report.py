@@ -9,18 +9,20 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeAlias
 
-from pytest_attnheat.attention.chunks import Progress
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.block_checks import ORDERLESS
-from pytest_attnheat.contract.combinations import Replay
-from pytest_attnheat.contract.declarations import hints_of
-from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Check
-from pytest_attnheat.contract.isolated import TIME_LIMIT, isolated
-from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.running import (
+from ..attention.chunks import Progress
+from ..callables import is_compiled
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import html_table
+from ..inputs import misuse
+from .block_checks import ORDERLESS
+from .combinations import Replay
+from .declarations import hints_of
+from .diagnosis import Diagnosis
+from .examination import Check
+from .isolated import TIME_LIMIT, isolated
+from .ready import as_spec
+from .running import (
     KNOWN,
     TWO_CODES,
     Result,
@@ -32,10 +34,8 @@ from pytest_attnheat.contract.running import (
     report_data,
     run_check,
 )
-from pytest_attnheat.contract.sharded import on_ranks
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import html_table
-from pytest_attnheat.inputs import misuse
+from .sharded import on_ranks
+from .spec import AttentionSpec
 
 ExpectedFailures: TypeAlias = Mapping[str, str]
 
@@ -124,10 +124,8 @@ class Report:
         return lines
 
     def _left_out(self) -> Iterator[str]:
-        """What was not asked, and why checks of a block were skipped, each reason once.
-
-        Of others -rs lists dozens.
-        """
+        """What was not asked, and why checks of a block were skipped, each reason once."""
+        # Of others -rs lists dozens.
         if self.left_out:
             yield f"not asked in the quick form: {self.left_out}"
         reasons = dict[str, dict[str, None]]()

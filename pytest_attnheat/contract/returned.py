@@ -12,21 +12,21 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.drawing import RAGGED
-from pytest_attnheat.attention.levels import OPTIONS
-from pytest_attnheat.attention.misreadings import without
-from pytest_attnheat.attention.outcomes import as_case
-from pytest_attnheat.attention.plan import NotApplicable, Outcome, Plan, carry_out
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
-from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Examination, Skipped
-from pytest_attnheat.contract.probing import Probe, answer_to
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Checked, Failure
-from pytest_attnheat.inputs import multiple
+from ..attention.call import Call
+from ..attention.computation import reference
+from ..attention.defects import DEFECTS
+from ..attention.drawing import RAGGED
+from ..attention.levels import OPTIONS
+from ..attention.misreadings import without
+from ..attention.outcomes import as_case
+from ..attention.plan import NotApplicable, Outcome, Plan, carry_out
+from ..attention.vocabulary import HIDDEN_FROM
+from ..failure import Checked, Failure
+from ..inputs import multiple
+from .diagnosis import Diagnosis, residual_text
+from .examination import Examination, Skipped
+from .probing import Probe, answer_to
+from .spec import AttentionSpec
 
 # Not compared: cases whose weights are 0 and 1, or many.
 _LEFT_OUT = ("large scores", "long")

@@ -14,22 +14,22 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour import sequences
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.attention.devices import fault_of, names_of, resolve
-from pytest_attnheat.callables import always_compiled, is_compiled, is_past_compiling
-from pytest_attnheat.contract import asking
-from pytest_attnheat.contract.captured import diagnose_records, records_of
-from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.combinations import REPLAY
-from pytest_attnheat.contract.declarations import hints_of, wrong_declaration
-from pytest_attnheat.contract.diagnosing import diagnose
-from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Examination, Skipped, is_refusal
-from pytest_attnheat.contract.long_calls import LONG
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name, misuse
+from ..assertions.behaviour import sequences
+from ..assertions.behaviour.models import ModelSubject
+from ..attention.devices import fault_of, names_of, resolve
+from ..callables import always_compiled, is_compiled, is_past_compiling
+from ..failure import Failure
+from ..inputs import dtype_name, misuse
+from . import asking
+from .captured import diagnose_records, records_of
+from .checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
+from .combinations import REPLAY
+from .declarations import hints_of, wrong_declaration
+from .diagnosing import diagnose
+from .diagnosis import Diagnosis
+from .examination import Examination, Skipped, is_refusal
+from .long_calls import LONG
+from .spec import AttentionSpec
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
 

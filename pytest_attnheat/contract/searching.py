@@ -16,8 +16,8 @@ from itertools import groupby, product
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.outcomes import (
+from ..attention.defects import DEFECTS, Defect
+from ..attention.outcomes import (
     Decisions,
     Expected,
     decisions_of,
@@ -26,10 +26,10 @@ from pytest_attnheat.attention.outcomes import (
     is_large,
     together,
 )
-from pytest_attnheat.attention.plan import Plan
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.matching import PERFECT, Answers, Explanation, nearly, worst
-from pytest_attnheat.contract.probing import Probe
+from ..attention.plan import Plan
+from ..attention.tolerance import is_fine
+from .matching import PERFECT, Answers, Explanation, nearly, worst
+from .probing import Probe
 
 # Constants are not looked for within so many times what rounding does.
 _STEPS = 4.0

@@ -16,14 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed
 
-from pytest_attnheat.attention.sharding import SHARDED
-from pytest_attnheat.attention.shards import SCHEMES, Scheme, Shards
-from pytest_attnheat.callables import identical, parameters_of
-from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.ranks import Ranks
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse, whole_number
+from ..attention.sharding import SHARDED
+from ..attention.shards import SCHEMES, Scheme, Shards
+from ..callables import identical, parameters_of
+from ..failure import Checked, Failure, Place
+from ..inputs import misuse, whole_number
+from .examination import Examination
+from .ranks import Ranks
+from .spec import AttentionSpec
 
 # How many calls a rank keeps, of which gradients may be asked.
 _KEPT = 8

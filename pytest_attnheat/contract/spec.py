@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, with_causal
-from pytest_attnheat.attention.call import Call, MaySee, ScoreMod, slopes_of
-from pytest_attnheat.attention.shards import Scheme, Shards
-from pytest_attnheat.attention.tolerance import merging_tolerance
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract import accepted, asking
-from pytest_attnheat.contract.accepted import Returns
-from pytest_attnheat.contract.asking import KEYWORDS, Answer
-from pytest_attnheat.contract.conventions import Convention, named
-from pytest_attnheat.failure import Failure
+from ..assertions.behaviour.sequences import SequenceModel, with_causal
+from ..attention.call import Call, MaySee, ScoreMod, slopes_of
+from ..attention.shards import Scheme, Shards
+from ..attention.tolerance import merging_tolerance
+from ..attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
+from ..callables import parameters_of
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..failure import Failure
+from . import accepted, asking
+from .accepted import Returns
+from .asking import KEYWORDS, Answer
+from .conventions import Convention, named
 
 # Looked up in this order: a causal_mask is a mask.
 _SOUNDS: dict[str, tuple[str, ...]] = {

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.levels import SIZES
-from pytest_attnheat.contract.combinations import Refusals
-from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.running import examinations_of
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.inputs import misuse
+from ..attention.call import Call
+from ..attention.levels import SIZES
+from ..inputs import misuse
+from .combinations import Refusals
+from .examination import Examination
+from .ready import as_spec
+from .running import examinations_of
+from .spec import AttentionSpec
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

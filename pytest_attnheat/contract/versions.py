@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.backward import BACKWARD
-from pytest_attnheat.attention.decisions import Change, Defect
-from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.misreadings import HISTORY
-from pytest_attnheat.attention.outcomes import Decisions, decisions_of
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.backward import BACKWARD
+from ..attention.decisions import Change, Defect
+from ..attention.defects import DEFECTS
+from ..attention.misreadings import HISTORY
+from ..attention.outcomes import Decisions, decisions_of
+from ..attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from .spec import AttentionSpec
 
 Kind = Literal["forward", "backward", "trivial"]
 # The constants of defects that have one, and the share of weights that is dropped unasked.
@@ -59,7 +59,8 @@ def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
         elif not one.backward and one not in forms and _can_act(one.name, spec):
             known = [one, *(form for form in forms if _simple(form) == one.name)]
             own = _special(one.name, seed) or tuple(_planned(c) for d in known for c in d.changes)
-            sentence = one.sentence.replace("{constant:.6g}", str(_constant(one.name)))
+            constant = _TEMPERATURE if one.name == "temperature" else _FACTOR
+            sentence = one.sentence.replace("{constant:.6g}", str(constant))
             sentence = sentence.replace("{constant:.3g}", str(_SHARE))
             yield Version(one.name, sentence, forms=own, remembers=one in HISTORY)
     yield from _TRIVIAL
@@ -105,10 +106,6 @@ def _can_act(name: str, spec: AttentionSpec) -> bool:
     name = name if name.startswith("backward_dropout") else name.removeprefix("backward_")
     about = [one for one in takes if name.startswith(one)]
     return not about or bool(takes[max(about, key=len)])
-
-
-def _constant(name: str) -> float:
-    return _TEMPERATURE if name == "temperature" else _FACTOR
 
 
 def _planned(change: Change) -> Form:

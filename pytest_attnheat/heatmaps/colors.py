@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import Colormap
 
-from pytest_attnheat.heatmaps.layout import Box, Layout
-from pytest_attnheat.heatmaps.maps import Cells, Floats
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
+from .layout import Box, Layout
+from .maps import Cells, Floats
 
 Levels = npt.NDArray[np.uint16]
 Image = npt.NDArray[np.uint8]

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import NullLocator
 
-from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout, inches
-from pytest_attnheat.heatmaps.picture import Picture, Place
-from pytest_attnheat.heatmaps.record import encode, metadata_of
+from .layout import LINE, PAD, SMALL, Layout, inches
+from .picture import Picture, Place
+from .record import encode, metadata_of
 
 # Attention compresses well at any level; a higher one mostly takes time.
 _PNG_LEVEL = 1

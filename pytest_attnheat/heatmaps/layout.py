@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
 
 # Sizes in units of the label font size (em).
 LINE = 1.4  # height of a line of text

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.inputs import InBoxes, dtype_name, misuse
+from ..attention.chunks import spans
+from ..inputs import InBoxes, dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Floats: TypeAlias = npt.NDArray[np.float32]

@@ -19,12 +19,12 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox
 
-from pytest_attnheat.heatmaps import colors
-from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
-from pytest_attnheat.heatmaps.maps import Cells, pool_cells
-from pytest_attnheat.heatmaps.survey import Whole
-from pytest_attnheat.heatmaps.writing import BAR_TICKS, Design, Label, Lettering, Pen, round_up
-from pytest_attnheat.inputs import misuse
+from ..inputs import misuse
+from . import colors
+from .layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
+from .maps import Cells, pool_cells
+from .survey import Whole
+from .writing import BAR_TICKS, Design, Label, Lettering, Pen, round_up
 
 # What tells the image of a picture from others in an SVG.
 IMAGE_ID = "attnheat-panels"

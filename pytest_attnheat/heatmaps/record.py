@@ -27,20 +27,12 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import ft2font
 
-from pytest_attnheat.attention.sketch import (
-    Sketch,
-    from_planes,
-    packed,
-    packed_size,
-    planes,
-    rounded,
-    unpacked,
-)
-from pytest_attnheat.attention.tolerance import drift_tolerance
-from pytest_attnheat.heatmaps.maps import Bools, Cells, Floats, pool_cells
-from pytest_attnheat.heatmaps.picture import Shown
-from pytest_attnheat.heatmaps.writing import LABELS
-from pytest_attnheat.inputs import misuse
+from ..attention.sketch import Sketch, from_planes, packed, packed_size, planes, rounded, unpacked
+from ..attention.tolerance import drift_tolerance
+from ..inputs import misuse
+from .maps import Bools, Cells, Floats, pool_cells
+from .picture import Shown
+from .writing import LABELS
 
 T = TypeVar("T")
 

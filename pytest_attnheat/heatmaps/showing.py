@@ -17,23 +17,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
 from matplotlib.figure import SubFigure
 
-from pytest_attnheat.heatmaps.colors import Scale, panel_scales, shared_scale
-from pytest_attnheat.heatmaps.figure import HeatmapFigure
-from pytest_attnheat.heatmaps.layout import inches
-from pytest_attnheat.heatmaps.maps import (
-    Bools,
-    Maps,
-    distance,
-    has_both_signs,
-    pool,
-    read_maps,
-    smallest,
-)
-from pytest_attnheat.heatmaps.picture import Picture, Shown
-from pytest_attnheat.heatmaps.record import MOST_CELLS
-from pytest_attnheat.heatmaps.survey import survey, whole_of
-from pytest_attnheat.heatmaps.writing import Design, Words
-from pytest_attnheat.inputs import check_number, misuse, one_of
+from ..inputs import check_number, misuse, one_of
+from .colors import Scale, panel_scales, shared_scale
+from .figure import HeatmapFigure
+from .layout import inches
+from .maps import Bools, Maps, distance, has_both_signs, pool, read_maps, smallest
+from .picture import Picture, Shown
+from .record import MOST_CELLS
+from .survey import survey, whole_of
+from .writing import Design, Words
 
 # What the textbook's function has by default. Who gives the same numbers gets them: it is told by
 # identity, and no constant, which some Pythons share between modules.

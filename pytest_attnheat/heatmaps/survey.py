@@ -13,20 +13,10 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Sketch, Sketcher, exact
-from pytest_attnheat.heatmaps.maps import (
-    HELD,
-    Array,
-    Cells,
-    Maps,
-    at,
-    block_max,
-    is_tensor,
-    smallest,
-    to_numpy_bool,
-)
-from pytest_attnheat.inputs import InBoxes
+from ..attention.chunks import spans
+from ..attention.sketch import Sketch, Sketcher, exact
+from ..inputs import InBoxes
+from .maps import HELD, Array, Cells, Maps, at, block_max, is_tensor, smallest, to_numpy_bool
 
 # So many elements stay in the cache of one core while several things are done with them.
 _CACHED = 9 << 15

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.inputs import as_mask, as_weights, misuse, positive, wide_dtype
+from ..attention.chunks import spans
+from ..inputs import as_mask, as_weights, misuse, positive, wide_dtype
 
 # From the lowest to the highest, then for a masked cell; and the same where a stream has no blocks.
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█·", "_.:coO8#~"

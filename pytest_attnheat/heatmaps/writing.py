@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
-from pytest_attnheat.heatmaps.layout import (
+from .layout import (
     LARGEST_FONT,
     LINE,
     PAD,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pytest_attnheat.plugin import fixtures, pictures, progress, settings, summary
+from . import fixtures, pictures, progress, settings, summary
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,16 +38,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[settings.ISOLATED] = []
     config.add_cleanup(lambda: settings.end_processes(config))
     if config.getoption("attn_replay") is not None:
-        from pytest_attnheat.plugin import checking
+        from . import checking
 
         checking.replayed(config)  # what is mistyped is an error at once
     if config.stash[settings.SETTINGS].grade:
-        from pytest_attnheat.plugin import grading
+        from . import grading
 
         config.pluginmanager.register(grading.Grading(config), grading.NAME)
     file = config.stash[settings.SETTINGS].json
     if file and not hasattr(config, "workerinput"):
-        from pytest_attnheat.plugin.summary import JsonFile
+        from .summary import JsonFile
 
         path = settings.path_of(config, "attn_json", file)
         config.pluginmanager.register(JsonFile(path), "attnheat_json")
@@ -64,7 +64,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     progress.keep_progress_live(config)
     shared_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
     for target in settings.targets_of(config) if shared_out else ():
-        from pytest_attnheat.plugin import examination
+        from . import examination
 
         examination.load(config, target)
 
@@ -73,7 +73,7 @@ def pytest_collection(session: pytest.Session) -> None:
     """Learn how a project's own attention functions are called, if it says so."""
     hook = session.config.hook.pytest_attnheat_conventions
     if hook.get_hookimpls():
-        from pytest_attnheat.plugin import examination
+        from . import examination
 
         examination.learn_conventions(session.config)
 
@@ -83,7 +83,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, None, No
     """Make a test of each check, and one for each scoring function, device and dtype."""
     marker = metafunc.definition.get_closest_marker(settings.CHECKS_MARKER)
     if marker is not None and "check" in metafunc.fixturenames:
-        from pytest_attnheat.plugin import examination
+        from . import examination
 
         examination.parametrize(metafunc, marker)
     yield
@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(
     """Give each marked test its baseline, and add the checks of `--attn-check`."""
     pictures.find_baselines(config, items)
     for target in settings.targets_of(config):
-        from pytest_attnheat.plugin import examination
+        from . import examination
 
         items.extend(examination.examine(session, target))
 
@@ -108,7 +108,7 @@ def pytest_collection_modifyitems(
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     """Make fixtures in the style of a compared test: they may make its figure."""
     if "torch" in sys.modules:
-        from pytest_attnheat.plugin import memory
+        from . import memory
 
         memory.start(item)
     with pictures.style_of(item):
@@ -131,13 +131,13 @@ def pytest_runtest_makereport(
     if item.config.stash.get(settings.GRADING, False):
         return report
     if call.excinfo is not None and "torch" in sys.modules:
-        from pytest_attnheat.plugin import memory
+        from . import memory
 
         memory.explain(item, call, report)
     pictures.leave_heatmap(item, call, report)
     summary.attach_outcomes(item, call, report)
     if item.get_closest_marker(settings.CHECKS_MARKER) is not None:
-        from pytest_attnheat.plugin import examination
+        from . import examination
 
         examination.attach_verdict(item, call, report)
     return report

@@ -10,25 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name
-from pytest_attnheat.plugin.settings import (
-    ISOLATED,
-    SETTINGS,
-    chosen_devices,
-    device_of_test,
-    end_processes,
-    switched,
-)
-from pytest_attnheat.plugin.summary import DIAGNOSIS_DRAWN
+from ..failure import Failure
+from ..inputs import dtype_name
+from .settings import ISOLATED, SETTINGS, chosen_devices, device_of_test, end_processes, switched
+from .summary import DIAGNOSIS_DRAWN
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.combinations import Replay
-    from pytest_attnheat.contract.examination import Check, Examination
-    from pytest_attnheat.contract.isolated import Isolated
-    from pytest_attnheat.contract.running import Result
-    from pytest_attnheat.contract.spec import AttentionSpec
-    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+    from ..contract.combinations import Replay
+    from ..contract.examination import Check, Examination
+    from ..contract.isolated import Isolated
+    from ..contract.running import Result
+    from ..contract.spec import AttentionSpec
+    from ..heatmaps.figure import HeatmapFigure
 
 
 def calls_of(
@@ -42,11 +35,11 @@ def calls_of(
     ranks: int | None = None,
 ) -> Iterator[CheckCall]:
     """Make the calls of the checks of one implementation, see `parametrize_with_checks`."""
-    from pytest_attnheat.contract.running import checks_of, left_out_of
+    from ..contract.running import checks_of, left_out_of
 
     call = replayed(config)
     if ranks is not None:
-        from pytest_attnheat.contract.sharded import on_ranks
+        from ..contract.sharded import on_ranks
 
         spec, sharded = on_ranks(spec, ranks, config.stash[SETTINGS].time_limit)
         config.stash[ISOLATED].append(sharded)
@@ -65,7 +58,7 @@ def calls_of(
 
 def replayed(config: pytest.Config) -> Replay | None:
     """The call that `--attn-replay` names."""
-    from pytest_attnheat.contract.combinations import Replay
+    from ..contract.combinations import Replay
 
     try:
         text = config.getoption("attn_replay")
@@ -86,7 +79,7 @@ class CheckCall:
         unselected: str,
         number: int,
     ) -> None:
-        from pytest_attnheat.contract.running import Result
+        from ..contract.running import Result
 
         dtype, device = dtype_name(examination.dtype), str(examination.device)
         self._place = dtype if device == "cpu" else f"{dtype}-{device}"
@@ -183,9 +176,9 @@ class _Examined:
     """What all checks of one implementation share."""
 
     def __init__(self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check]) -> None:
-        from pytest_attnheat.contract.declarations import hints_of
-        from pytest_attnheat.contract.needs import all_undeclared
-        from pytest_attnheat.contract.running import spec_data
+        from ..contract.declarations import hints_of
+        from ..contract.needs import all_undeclared
+        from ..contract.running import spec_data
 
         self.config, self.spec, self.checks = config, spec, checks
         unsaid = all_undeclared(spec)
@@ -199,7 +192,7 @@ class _Examined:
 
     def run(self, check: Check, examination: Examination, expected: str | None) -> Result:
         """Run a check, here or in a process of its own."""
-        from pytest_attnheat.contract.running import run_check
+        from ..contract.running import run_check
 
         worker = self._worker
         run = run_check if worker is None else worker.run
@@ -208,8 +201,8 @@ class _Examined:
     @cached_property
     def _worker(self) -> Isolated | None:
         """The process of the subject, if it has one; that of another subject is ended."""
-        from pytest_attnheat.contract.isolated import isolated
-        from pytest_attnheat.contract.sharded import Sharded
+        from ..contract.isolated import isolated
+        from ..contract.sharded import Sharded
 
         end_processes(self.config)
         if isinstance(self.spec.subject, Sharded):  # it has processes of its own
@@ -234,7 +227,7 @@ class _Examined:
         shown = sentence and f"diagnose: {sentence}"
         if "diagnosis" in self.told and not self.spec.is_block:
             return shown, None, ""
-        from pytest_attnheat.contract.running import diagnosis_data, diagnosis_of
+        from ..contract.running import diagnosis_data, diagnosis_of
 
         search, worker = not sentence, self._worker
         if worker is None:
@@ -254,7 +247,7 @@ class _Examined:
         """Its examinations on the selected devices and in the selected dtypes."""
         # If nothing that is declared is selected, one of the others, and why it is skipped: a test
         # without any checks would vanish.
-        from pytest_attnheat.contract.running import examinations_of
+        from ..contract.running import examinations_of
 
         settings = self.config.stash[SETTINGS]
         given = self.config.getoption("attn_dtype") is not None

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_attnheat.inputs import misuse
-from pytest_attnheat.plugin.checking import CheckCall, FailedCheckError, calls_of
-from pytest_attnheat.plugin.settings import CHECKS_MARKER, switched
-from pytest_attnheat.plugin.summary import VERDICT
+from ..inputs import misuse
+from .checking import CheckCall, FailedCheckError, calls_of
+from .settings import CHECKS_MARKER, switched
+from .summary import VERDICT
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.examination import Check
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..contract.examination import Check
+    from ..contract.spec import AttentionSpec
 
 
 def learn_conventions(config: pytest.Config) -> None:
     """Add the conventions of the project's hooks to the table, until the end of the session."""
-    from pytest_attnheat.contract import conventions
+    from ..contract import conventions
 
     for given in config.hook.pytest_attnheat_conventions(config=config):
         for one in given:
@@ -72,10 +72,10 @@ def parametrize_with_checks(
         ValueError: There are no specifications, or the name of an expected failure is not that
             of a check. One of them cannot be called on ranks, or as long.
     """
-    from pytest_attnheat.contract.ranks import TIME_LIMIT
-    from pytest_attnheat.contract.ready import as_spec
-    from pytest_attnheat.contract.running import checks_of, expected_of
-    from pytest_attnheat.contract.sharded import on_ranks
+    from ..contract.ranks import TIME_LIMIT
+    from ..contract.ready import as_spec
+    from ..contract.running import checks_of, expected_of
+    from ..contract.sharded import on_ranks
 
     accepted = "a list of one or more specifications or callables"
     given: Any = specs
@@ -248,7 +248,7 @@ def _how_to_find(config: pytest.Config, package: str) -> str:
 
 def load(config: pytest.Config, target: str) -> list[AttentionSpec]:
     """Import what `--attn-check` names."""
-    from pytest_attnheat.contract.ready import as_spec
+    from ..contract.ready import as_spec
 
     found = imported(config, "--attn-check", target)[-1]
     specs = list(found) if isinstance(found, (list, tuple)) else [found]

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_attnheat.inputs import dtype_name, misuse
-from pytest_attnheat.plugin import regressions
-from pytest_attnheat.plugin.settings import SETTINGS, chosen_devices, device_of_test, skip_absent
+from ..inputs import dtype_name, misuse
+from . import regressions
+from .settings import SETTINGS, chosen_devices, device_of_test, skip_absent
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_attnheat.attention.cases import AttentionCase
-    from pytest_attnheat.attention.scoring import Scoring, ScoringFactory
-    from pytest_attnheat.capture.trace import Trace
+    from ..attention.cases import AttentionCase
+    from ..attention.scoring import Scoring, ScoringFactory
+    from ..capture.trace import Trace
 
 _PROJECT_SCORING = pytest.StashKey[Mapping[str, "ScoringFactory"]]()
 _NAMED_SCORING = pytest.StashKey[tuple["Scoring", str]]()
@@ -49,7 +49,7 @@ def attention_weights(attention: AttentionCase) -> torch.Tensor:
 @pytest.fixture
 def capture_attention() -> Callable[..., AbstractContextManager[Trace]]:
     """Records the attention inside a model: the function of the same name, as a fixture."""
-    from pytest_attnheat.capture.capturing import capture_attention
+    from ..capture.capturing import capture_attention
 
     return capture_attention
 
@@ -63,7 +63,7 @@ def make_attention(
     Takes the keywords of `pytest_attnheat.make_attention`. What is not given comes from the
     marker `attention`, the device and dtype of the test, and `--attn-seed`.
     """
-    from pytest_attnheat.attention import cases
+    from ..attention import cases
 
     marked = _marked(request.node)
     defaults = {
@@ -92,7 +92,7 @@ def scoring_function(
     """
     import torch
 
-    from pytest_attnheat.attention import cases, scoring
+    from ..attention import cases, scoring
 
     marked = _marked(request.node)
     name = getattr(request, "param", None)
@@ -126,7 +126,7 @@ def attn_device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def attn_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """The torch.dtype of the test: one test per dtype of the marker or `--attn-dtype`."""
-    from pytest_attnheat.attention import cases
+    from ..attention import cases
 
     name = getattr(request, "param", None)
     if name is None:
@@ -173,7 +173,7 @@ def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
 
     def run(count: int, body: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
         __tracebackhide__ = True
-        from pytest_attnheat.contract.ranks import AbsentError, on_ranks
+        from ..contract.ranks import AbsentError, on_ranks
 
         if unknown := [f"{name}={given!r}" for name, given in options.items()
                        if name not in ("device", "time_limit")]:  # fmt: skip
@@ -230,7 +230,7 @@ def project_scoring_functions(config: pytest.Config) -> Mapping[str, ScoringFact
         pytest.UsageError: A name is taken.
     """
     if _PROJECT_SCORING not in config.stash:
-        from pytest_attnheat.attention import scoring
+        from ..attention import scoring
 
         found: dict[str, ScoringFactory] = {}
         for factories in config.hook.pytest_attnheat_scoring_functions(config=config):
@@ -268,7 +268,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 
 def _choices(metafunc: pytest.Metafunc) -> dict[str, list[str]]:
     """What a test runs over, by fixture."""
-    from pytest_attnheat.attention import cases, scoring
+    from ..attention import cases, scoring
 
     settings = metafunc.config.stash[SETTINGS]
     known = scoring.scoring_names(project_scoring_functions(metafunc.config))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.grading import Grade
+    from ..contract.grading import Grade
 
 # So many lines of a list, and letters of a line, are shown without -v.
 _MOST_LINES, _LONGEST = 12, 240

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_attnheat.inputs import misuse
-from pytest_attnheat.plugin.grades import Found, Graded, notes_of
-from pytest_attnheat.plugin.replacing import Target, find_target, outcomes, quiet, tear_down
-from pytest_attnheat.plugin.settings import CHECKS_MARKER, GRADE_MARKER, MARKED, SETTINGS, Settings
+from ..inputs import misuse
+from .grades import Found, Graded, notes_of
+from .replacing import Target, find_target, outcomes, quiet, tear_down
+from .settings import CHECKS_MARKER, GRADE_MARKER, MARKED, SETTINGS, Settings
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.effects import Effect
-    from pytest_attnheat.contract.grading import AnyPlanted, Study
+    from ..contract.effects import Effect
+    from ..contract.grading import AnyPlanted, Study
 
 NAME = "attnheat_grading"
 _HANDED_ON, _SHARE = "attnheat_grading", "attnheat_share"
@@ -89,7 +89,7 @@ class Grading:
         return sorted(name for name in named if name)
 
     def _study(self, target: Target) -> Study:
-        from pytest_attnheat.contract.grading import Study
+        from ..contract.grading import Study
 
         try:
             return Study(
@@ -129,7 +129,7 @@ class Grading:
     def _judge_all(self, session: pytest.Session) -> list[Found]:
         if self._error:
             return [{"target": ", ".join(self.settings.grade), "error": self._error}]
-        from pytest_attnheat.contract.probing import one_thread
+        from ..contract.probing import one_thread
 
         found = []
         for text in self._targets(session.items):
@@ -146,7 +146,7 @@ class Grading:
 
     def _judge(self, session: pytest.Session, target: Target, items: list[pytest.Item]) -> Found:
         """Run tests with the right one, and with a share of the wrong versions."""
-        from pytest_attnheat.contract.planting_inside import NOTHING_INSIDE
+        from ..contract.planting_inside import NOTHING_INSIDE
 
         index, count = getattr(self.config, "workerinput", {}).get(_SHARE, (0, 1))
         first, study = self._study(target), self._study(target)
@@ -168,7 +168,8 @@ class Grading:
                       "seen": sorted(effect.seen), "called": getattr(study.watched, "called", ""),
                       "tests": [item.nodeid for item in items]}  # fmt: skip
             for number, one in enumerate(planted):
-                self._say(target.text, number, len(planted))
+                if number % max(1, -(-len(planted) // _PROGRESS)) == 0:
+                    self._write(f"{target.text}, version {number + 1} of {len(planted)}")
                 rejected = self._rejected(session, target, one, items, limit)
                 self._note(study, one, rejected, found)
         return found
@@ -185,7 +186,8 @@ class Grading:
         try:
             watched.effect.calls = 0
             for item, outcome in outcomes(session, items, self.settings.seed):
-                fixtures = [name for name in _fixtures(item) if name in self._calling]
+                own = getattr(item, "fixturenames", ())
+                fixtures = [name for name in own if name in self._calling]
                 refused = [*watched.effect.unfit]
                 refused += [reason for name in fixtures for reason in self._calling[name]]
                 called = watched.effect.calls > 0 or bool(fixtures)
@@ -229,7 +231,7 @@ class Grading:
         items: Sequence[pytest.Item], limit: float,
     ) -> str | None:  # fmt: skip
         """Return which test fails with a version, and how; None if none does."""
-        from pytest_attnheat.contract.grading import _within
+        from ..contract.grading import _within
 
         target.stand_in.version = planted
         item = items[0]
@@ -268,10 +270,6 @@ class Grading:
                 refused = [reason for reason in effect.refused if reason not in known]
                 self._calling.setdefault(fixturedef.argname, []).extend(refused)
 
-    def _say(self, text: str, number: int, count: int) -> None:
-        if number % max(1, -(-count // _PROGRESS)) == 0:
-            self._write(f"{text}, version {number + 1} of {count}")
-
     def _write(self, text: str) -> None:
         reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None and self.config.option.verbose >= 0:
@@ -303,7 +301,7 @@ class Grading:
 
     def _gather(self, text: str, every: Sequence[Found]) -> Graded:
         """Make a grade of what all workers found."""
-        from pytest_attnheat.contract.grading import Grade, Verdict
+        from ..contract.grading import Grade, Verdict
 
         if sum(len(share.get("verdicts", ())) for share in every):
             workers = f", judged by {len(every)} workers" if len(every) > 1 else ""
@@ -367,7 +365,7 @@ class Grading:
 
 def _is_a_function(target: Target) -> bool:
     """Whether calls of a target may be read as those of a function of query, key and value."""
-    from pytest_attnheat.contract.grading import may_be_a_function
+    from ..contract.grading import may_be_a_function
 
     return target.inside is not False and may_be_a_function(target.right)
 
@@ -398,7 +396,3 @@ def _chosen(items: Sequence[pytest.Item], text: str) -> list[pytest.Item]:
 def _place(item: pytest.Item) -> tuple[str, int, str]:
     file, line, _ = item.location
     return file, line or 0, item.nodeid
-
-
-def _fixtures(item: pytest.Item) -> Sequence[str]:
-    return getattr(item, "fixturenames", ())

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pytest_attnheat.attention.devices import visible_devices
-from pytest_attnheat.inputs import readable
+from ..attention.devices import visible_devices
+from ..inputs import readable
 
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMG]iB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

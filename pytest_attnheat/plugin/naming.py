@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.inputs import dtype_names, meant, misuse
+from ..inputs import dtype_names, meant, misuse
 
 # What a baseline may be.
 SUFFIXES = (".png", ".svg")

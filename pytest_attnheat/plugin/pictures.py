@@ -17,19 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from pytest_attnheat.plugin.naming import (
-    Expected,
-    default_folder,
-    expected_of,
-    parts_for_all_devices,
-    safe_name,
-    stem_of,
-)
-from pytest_attnheat.plugin.settings import SETTINGS, path_of
-from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, quoted, shown
+from .naming import Expected, default_folder, expected_of, parts_for_all_devices, safe_name, stem_of
+from .settings import SETTINGS, path_of
+from .summary import OUTCOMES, USED, Outcome, add_to_html, quoted, shown
 
 if TYPE_CHECKING:
-    from pytest_attnheat.baselines.judging import Verdict
+    from ..baselines.judging import Verdict
 
 # What makes pytest-mpl's own comparison, made for its reports, agree with the verdict.
 _MPL_PASSES, _MPL_FAILS = 256.0, -1.0
@@ -149,12 +142,12 @@ def leave_heatmap(
         _clear(_left_in(item), _ROWS)
     if not report.failed or call.excinfo is None:
         return
-    from pytest_attnheat.failure import Failure
+    from ..failure import Failure
 
     error = call.excinfo.value
     if not isinstance(error, Failure) or error.draw is None:
         return
-    from pytest_attnheat.baselines import judging
+    from ..baselines import judging
 
     path = _left_in(item) / _ROWS
     try:
@@ -202,7 +195,7 @@ def _run(item: pytest.Function, expected: Expected) -> Generator[None, Any, Any]
 
 def _hides_its_change(item: pytest.Item, figure: Any, expected: Expected) -> bool:
     """Tell whether pytest-mpl would call a changed picture equal, as no pixel shows the change."""
-    from pytest_attnheat.baselines.judging import looks_alike
+    from ..baselines.judging import looks_alike
 
     return item.stash[OUTCOMES][-1].status == "data" and looks_alike(figure, expected.path)
 
@@ -251,7 +244,7 @@ def _fail(reason: str) -> None:
 
 def compare_figure(item: pytest.Item, figure: Any, expected: Expected, caller: str) -> str | None:
     """Compare a figure with its baseline, or write it; return a message if the test fails."""
-    from pytest_attnheat.baselines import judging
+    from ..baselines import judging
 
     return compare(item, functools.partial(judging.check, figure), expected, caller)
 
@@ -260,7 +253,7 @@ def compare(
     item: pytest.Item, check: Callable[..., Verdict], expected: Expected, caller: str
 ) -> str | None:
     """Compare what `check` leaves as `actual` in a folder, or write it as the baseline."""
-    from pytest_attnheat.baselines import judging
+    from ..baselines import judging
 
     with tempfile.TemporaryDirectory(prefix="attnheat-") as work:
         allowed = expected.tolerance, expected.precision

@@ -9,19 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from pytest_attnheat.inputs import check_tolerance, dtype_names, misuse
-from pytest_attnheat.plugin.naming import (
-    Expected,
-    checked_tolerance,
-    default_folder,
-    safe_name,
-    stem_of,
-)
-from pytest_attnheat.plugin.pictures import EXPECTED, STEMS, baseline_style, compare, compare_figure
+from ..inputs import check_tolerance, dtype_names, misuse
+from .naming import Expected, checked_tolerance, default_folder, safe_name, stem_of
+from .pictures import EXPECTED, STEMS, baseline_style, compare, compare_figure
 
 if TYPE_CHECKING:
-    from pytest_attnheat.capture.record import AttentionRecord
-    from pytest_attnheat.capture.trace import Trace
+    from ..capture.record import AttentionRecord
+    from ..capture.trace import Trace
 
 
 class _Regression:
@@ -91,7 +85,7 @@ class HeatmapRegression(_Regression):
             raise TypeError(misuse("options", given, "none; they belong to show_heatmaps"))
         expected = self._expected(name, ".png", tolerance, precision)
         if not drawn:
-            from pytest_attnheat.heatmaps.showing import show_heatmaps
+            from ..heatmaps.showing import show_heatmaps
 
             defaults = {"xlabel": "Keys", "ylabel": "Queries", "figsize": None}
             figure = show_heatmaps(figure, **{**defaults, **options})
@@ -126,7 +120,7 @@ class AttentionRegression(_Regression):
                 between 0 and 1.
         """
         __tracebackhide__ = True
-        from pytest_attnheat.baselines import layers, traces
+        from ..baselines import layers, traces
 
         if tolerance is not None:
             check_tolerance(tolerance)

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.callables import borrowed, seed_everything
-from pytest_attnheat.inputs import misuse
-from pytest_attnheat.plugin.examination import imported
-from pytest_attnheat.plugin.settings import GRADING
+from ..callables import borrowed, seed_everything
+from ..inputs import misuse
+from .examination import imported
+from .settings import GRADING
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..contract.spec import AttentionSpec
 
 _OURS = "pytest_attnheat"
 _ACCEPTED = "a function, a method, a module, or an AttentionSpec of a function or a module"
@@ -123,7 +123,7 @@ def find_target(config: pytest.Config, text: str) -> Target:
     """Import what `--attn-grade` names."""
     from torch import nn
 
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..contract.spec import AttentionSpec
 
     *_, owner, found = imported(config, "--attn-grade", text)
     name = text.rpartition(":")[2].rpartition(".")[2]

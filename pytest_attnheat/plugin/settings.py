@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import pytest
 
-from pytest_attnheat.attention import devices
-from pytest_attnheat.inputs import DTYPE_NAMES, misuse, one_of
+from ..attention import devices
+from ..inputs import DTYPE_NAMES, misuse, one_of
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_attnheat.attention.scoring import ScoringFactory
-    from pytest_attnheat.contract.conventions import Convention
+    from ..attention.scoring import ScoringFactory
+    from ..contract.conventions import Convention
 
 _DEVICES = f"auto, all, or a comma-separated list of {devices.ACCEPTED}"
 _DTYPES = f"a comma-separated list of {', '.join(DTYPE_NAMES)}"

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.plugin.naming import SUFFIXES, TRACE_SUFFIX
-from pytest_attnheat.plugin.settings import switched
+from .naming import SUFFIXES, TRACE_SUFFIX
+from .settings import switched
 
 # What a report carries its comparisons and its verdict as, and a worker the baselines it uses.
 COMPARED = "attnheat_compared"
@@ -366,7 +366,7 @@ class JsonFile:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the file, whole or not at all."""
-        from pytest_attnheat.contract.running import VERSION
+        from ..contract.running import VERSION
 
         subjects = [_subject(where, found) for (where, _), found in sorted(self._subjects.items())]
         data = {"version": VERSION, "subjects": subjects}
@@ -381,7 +381,7 @@ class JsonFile:
 
 def _subject(where: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     """What `Report.as_dict` says of one subject, and where it was examined."""
-    from pytest_attnheat.contract.running import report_data
+    from ..contract.running import report_data
 
     diagnosed = [verdict["diagnosed"] for verdict in found if "diagnosed" in verdict]
     hints = list(dict.fromkeys(hint for verdict in found for hint in verdict["hints"]))

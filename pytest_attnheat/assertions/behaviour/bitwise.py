@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.failure import Checked, Failure, Place, number_text
-from pytest_attnheat.inputs import dtype_name
+from ...attention.chunks import index_of
+from ...failure import Checked, Failure, Place, number_text
+from ...inputs import dtype_name
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OTHER_ORDER = (

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, wrong_shape
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subject import (
-    check_relative,
-    coarsest,
-    for_each_query_head,
-    output_place,
-    settled,
-)
-from pytest_attnheat.attention.chunks import index_of, query_chunks
-from pytest_attnheat.attention.tolerance import row_rounding
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse
+from ...attention.chunks import index_of, query_chunks
+from ...attention.tolerance import row_rounding
+from ...callables import borrowed
+from ...failure import Checked, Failure, Place
+from ...inputs import misuse
+from .functions import AttentionFunction, wrong_shape
+from .reading import as_function
+from .sequences import SequenceModel
+from .subject import check_relative, coarsest, for_each_query_head, output_place, settled
 
 _NAME = "assert_convex"
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.model_decoding import (
+from ...attention.reference import causal_mask
+from ...attention.scoring import broadcast
+from ...attention.vocabulary import ALIGNMENTS, Alignment
+from ...callables import borrowed
+from ...inputs import misuse, one_of, positive
+from .functions import MASK, AttentionFunction, permitted
+from .model_decoding import (
     MOST_SINGLE_TOKENS,
     Decoder,
     Evidence,
@@ -21,21 +27,9 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     name_tokens,
     tokens_off,
 )
-from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
-from pytest_attnheat.assertions.behaviour.sequences import with_causal
-from pytest_attnheat.assertions.behaviour.subject import (
-    Compared,
-    as_described,
-    check_count,
-    check_each,
-    check_relative,
-    settled,
-)
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.scoring import broadcast
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import misuse, one_of, positive
+from .reading import as_function, as_sequence, refuse_memory
+from .sequences import with_causal
+from .subject import Compared, as_described, check_count, check_each, check_relative, settled
 
 _NAME = "assert_decode_matches_prefill"
 # More sizes of chunks than this say nothing to a reader.
@@ -61,10 +55,11 @@ def assert_decode_matches_prefill(
     tokens (64 for a model without a cache) are decoded one by one, after a prompt of all others.
 
     A model with a cache of keys and values (the models of transformers, or a `SequenceModel` with
-    `decode`) decodes with it. Any other model, also BERT, is given longer and longer prefixes, and
-    its last outputs are compared; but one whose `forward` takes a cache is refused without
-    `decode`, as its cache would not be tested. All sequences are taken to be of full length, but
-    for a model that is given `lengths`.
+    `decode`) decodes with it; where that can be put in another order (`reorder`, as the caches of
+    transformers), so is the batch half-way, as in beam search. Any other model, also BERT, is given
+    longer and longer prefixes, and its last outputs are compared; but one whose `forward` takes a
+    cache is refused without `decode`, as its cache would not be tested. All sequences are taken to
+    be of full length, but for a model that is given `lengths`.
 
     An attention function is called once with all queries, and then with some queries and all
     keys up to the last of them: with the rows of the mask that belong to them, or without any
@@ -132,8 +127,10 @@ def assert_decode_matches_prefill(
             # Models of transformers do softmax, norms and rotations in float32 in any case.
             is_model = isinstance(decoder, ModelDecoder) and whole.dtype == torch.float64
             allowed = check_relative(tolerance, torch.float32 if is_model else whole.dtype)
-            compared = _compared(decoder, plans, whole, allowed, seed)
-            check_each(_NAME, compared, allowed=allowed, exact=exact)
+            compared = [_compared(decoder, plans, whole, allowed, seed)]
+            if isinstance(decoder, ModelDecoder) and chunks is None and not exact:
+                compared.append(_in_another_order(decoder, whole, allowed, seed))
+            check_each(_NAME, chain(*compared), allowed=allowed, exact=exact)
 
 
 def _compared(
@@ -160,6 +157,34 @@ def _compared(
             repeat=told if len(plan.sizes) <= _MOST_SIZES_TOLD else f"seed={seed}",
             again=lambda plan=plan: decoder.decode(plan.steps),  # type: ignore[misc]
         )
+
+
+def _in_another_order(
+    decoder: ModelDecoder, whole: Tensor, allowed: float, seed: int
+) -> Iterator[Compared]:
+    """Yield what is decoded after the batch was reordered, where that is said to be possible."""
+    subject, first = decoder.subject, decoder.subject.length // 2
+    if subject.model.reorder is None or not decoder.has_cache or subject.batch < 2:
+        return
+    if subject.real is not None or first < 1:
+        return
+    # One entry keeps its place, one comes twice, one goes: of two entries both change places.
+    order = torch.arange(subject.batch, device=whole.device)
+    order[:2], order[2:3] = order[:2].flip(0), 0
+    decoded = decoder.in_another_order(order, first)
+    if decoded is None:
+        return
+    yield Compared(
+        decoded,
+        whole[order, first:],
+        claim="outputs decoded with the cache after the batch was put in another order, as beam "
+        "search does, differ from the prefill",
+        place=lambda index: (
+            f"output[{index[0]}, {first + index[1]}], of entry {int(order[index[0]])} before,"
+        ),
+        cause=lambda change: decoder.why_order_fails(change > allowed, order),
+        repeat=f"order={order.tolist()} after {first} tokens, seed={seed}",
+    )
 
 
 def _plans(decoder: Decoder, chunks: Sequence[int] | None) -> Iterator[Plan]:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.reading import part_of
-from pytest_attnheat.assertions.behaviour.subject import check_rows
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import is_fine, output_tolerance
-from pytest_attnheat.callables import seed_all
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse
+from ...attention.chunks import index_of
+from ...attention.tolerance import is_fine, output_tolerance
+from ...callables import seed_all
+from ...failure import Checked, Failure, Place
+from ...inputs import misuse
+from .functions import AttentionFunction
+from .reading import part_of
+from .subject import check_rows
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6

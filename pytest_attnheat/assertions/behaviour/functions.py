@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subject import as_described, begin, of_the_first
-from pytest_attnheat.assertions.behaviour.visibility import (
+from ...attention.call import FEATURES, Call
+from ...attention.outcomes import likely_mistake
+from ...attention.reference import causal_mask
+from ...attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
+from ...callables import copied
+from ...inputs import dtype_name, misuse
+from .subject import as_described, begin, of_the_first
+from .visibility import (
     LARGER,
     Claim,
     Padding,
@@ -26,12 +32,6 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.outcomes import likely_mistake
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
-from pytest_attnheat.callables import copied
-from pytest_attnheat.inputs import dtype_name, misuse
 
 MASK = "attn_mask"
 # By how much the score of a padding key that attracts a query is above that of any real key,

@@ -10,24 +10,26 @@ import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.subject import differ, holds
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.callables import modules_in
-from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord, name_of
+from ...attention.reference import causal_mask
+from ...callables import modules_in
+from ...capture.capturing import capture_attention
+from ...capture.record import AttentionRecord, name_of
+from .models import ModelSubject
+from .subject import differ, holds, listed
 
 _Says = TypeVar("_Says", bound=Callable[..., str | None])
 # Weights that are larger are no rounding.
 _FELT = 1e-5
 # How far rows may be apart, as a part of their size, that should be the same.
 _ALIKE = 1e-4
+_MERGED = "heads are merged in the wrong order after attention in"
+_RESHAPED = "output goes on by a reshape without transpose(1, 2)"
 _ROTATED = (
     "keys that are moved alike change their products with one another, and values do not change: "
     "positions do not act by their difference alone; if they are rotations, are the pairs that are "
@@ -54,18 +56,20 @@ class Inside:
     def __init__(self, subject: ModelSubject, run: Callable[[], object] | None = None) -> None:
         """Call it, or run what calls it."""
         self.into_linear: list[Tensor] = []
+        self.out_of_linear: list[Tensor] = []
         try:
             self.records = self._look(subject, run or subject.run)
         except Exception:  # code that is compiled, or attention that takes too much memory
             self.records = []
         square = (subject.batch, subject.length, subject.length)
+        self._size = subject.batch, subject.length
         own = subject.model.memory_argument is None
         self._squares = [r for r in self.records if own and (r.shape[0], *r.shape[2:]) == square]
 
     def _look(self, subject: ModelSubject, run: Callable[[], object]) -> list[AttentionRecord]:
         modules = modules_in(subject.model.module)
         linear = [part for m in modules for part in m.modules() if isinstance(part, nn.Linear)]
-        handles = [part.register_forward_pre_hook(self._note) for part in linear]
+        handles = [part.register_forward_hook(self._note) for part in linear]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the failure itself is to be reported
@@ -76,9 +80,10 @@ class Inside:
                 handle.remove()
         return [] if trace.unseen else list(trace)
 
-    def _note(self, module: nn.Module, given: tuple[object, ...]) -> None:
-        if given and isinstance(given[0], Tensor):
+    def _note(self, module: nn.Module, given: tuple[object, ...], result: object) -> None:
+        if given and isinstance(given[0], Tensor) and isinstance(result, Tensor):
             self.into_linear.append(given[0].detach())
+            self.out_of_linear.append(result.detach())
 
     @property
     def has_mask(self) -> bool:
@@ -91,24 +96,87 @@ class Inside:
         forbidden = (~may_see & judged.unsqueeze(-1)).unsqueeze(1)
         if not self._squares or not all(_hides(record, forbidden) for record in self._squares):
             return None
-        for record in self._squares:
-            if record.output is not None and self._is_merged_wrongly(record.output):
-                return (
-                    f"heads are merged in the wrong order after attention in {name_of(record)}: "
-                    "its output goes on by a reshape without transpose(1, 2)"
-                )
+        if said := self._why_merged_wrongly():
+            return said
         count = len(self._squares)
         each = f"of {count} attentions none lets it be seen"
         if count == 1:
             each = f"attention in {name_of(self._squares[0])} does not let it be seen"
         return f"{each}: it is seen outside of what was captured"
 
-    def _is_merged_wrongly(self, output: Tensor) -> bool:
-        batch, _, length, _ = output.shape
-        wrong, right = (t.reshape(batch, length, -1) for t in (output, output.transpose(1, 2)))
-        given = [g.reshape(wrong.shape) for g in self.into_linear if g.numel() == wrong.numel()]
-        found = [any(torch.equal(g.to(t), t) for g in given) for t in (wrong, right)]
-        return found[0] and not found[1]
+    @_careful
+    def why_entries_mix(self) -> str | None:
+        """Say which attention takes the batch for the sequence, or whose heads are merged wrongly.
+
+        Of as many entries as tokens, nothing tells the one from the other.
+        """
+        batch, length = self._size
+        for record in self.records:
+            if batch != length and (record.shape[0], *record.shape[2:]) == (length, batch, batch):
+                return (
+                    f"attention in {name_of(record)} takes the batch for the sequence: its rows "
+                    f"are over the {batch} entries; is batch_first=, or a transpose, forgotten?"
+                )
+        return self._why_merged_wrongly()
+
+    @_careful
+    def why_heads_are_torn(self) -> str | None:
+        """Say which attention has its heads split, or merged, by a reshape without transpose(1, 2).
+
+        That is a mistake whatever the module is for: a head then holds numbers of several tokens.
+        """
+        for record in self.records:
+            if record.value is not None and self._is_torn(record.value, self.out_of_linear):
+                return (
+                    f"heads are split in the wrong order before attention in {name_of(record)}: by "
+                    "a reshape without transpose(1, 2)"
+                )
+            if record.output is not None and self._is_torn(record.output, self.into_linear):
+                return f"{_MERGED} {name_of(record)}: its {_RESHAPED}"
+        return None
+
+    def _is_torn(self, heads: Tensor, rows: Sequence[Tensor]) -> bool:
+        """Whether rows of tokens are the numbers of heads as they lie in memory, and no others are.
+
+        Args:
+            heads: Values or outputs of heads, (..., length, head_dim).
+            rows: What linear layers were given, or gave.
+        """
+        batch, length = self._size
+        if heads.shape[-2] != length or heads.numel() % (batch * length):
+            return False
+        heads = heads.reshape(batch, -1, length, heads.shape[-1])
+        right = heads.transpose(1, 2).reshape(batch, length, -1)
+        # One layer may give queries, keys and values.
+        found = [one.to(right).flatten() for whole in rows for one in (whole, *whole.chunk(3, -1))
+                 if one.shape[-1] == right.shape[-1] and one.numel() == right.numel()]  # fmt: skip
+        torn, whole = (any(torch.equal(one, wanted.flatten()) for one in found)
+                       for wanted in (heads, right))  # fmt: skip
+        return torn and not whole
+
+    def _why_merged_wrongly(self) -> str | None:
+        """Say whose output goes on with numbers of one token in the place of another."""
+        if said := self.why_heads_are_torn():
+            return said
+        batch, length = self._size
+        for record in self._squares:
+            if record.output is None:
+                continue
+            rows = record.output.transpose(1, 2).reshape(batch, length, -1)
+            given = [g.to(rows) for g in self.into_linear if g.shape[-1] == rows.shape[-1]]
+            given = [g for g in given if g.numel() == rows.numel()]
+            # Whatever the order of its numbers, a token keeps its own.
+            turned = [g.reshape(rows.shape) for g in given]
+            turned += [g.reshape(length, batch, -1).transpose(0, 1) for g in given]
+            if any(torch.equal(one.sort(-1).values, rows.sort(-1).values) for one in turned):
+                continue
+            numbers = rows.flatten().sort().values
+            if any(torch.equal(one.flatten().sort().values, numbers) for one in given):
+                return (
+                    f"{_MERGED} {name_of(record)}: its output goes on with numbers of one token in "
+                    "the place of another"
+                )
+        return None
 
     @_careful
     def why_mask_fails(self, real: Tensor) -> str | None:
@@ -167,15 +235,23 @@ class Inside:
         )
 
     @_careful
-    def why_chunk_differs(self, step: range, at_once: Inside) -> str | None:
+    def why_chunk_differs(self, number: int, step: range, at_once: Inside) -> str | None:
         """Say what differs in the first attention of a chunk that comes with a cache."""
         calls = Counter(record.layer for record in at_once._squares)
         known = {(one.layer, one.call): one for one in at_once._squares}
         for own in self.records:
-            whole = known.get((own.layer, own.call % (calls[own.layer] or 1)))
-            if whole is None or own.shape[2:] != (len(step), step.stop):
+            chunk, call = divmod(own.call, calls[own.layer] or 1)
+            whole = known.get((own.layer, call))
+            if whole is None or chunk != number or own.shape[2] != len(step):
                 continue
-            said = _why_masks_differ(own, whole, step) or _why_operands_differ(own, whole, step)
+            if own.shape[3] == step.stop:
+                said = (
+                    _why_masks_differ(own, whole, step)
+                    or _why_operands_differ(own, whole, step)
+                    or _why_scores_differ(own, whole, step)
+                )
+            else:
+                said = _why_kept_keys_differ(own, whole, step)
             if said:
                 return f"in {name_of(own)}, {said}"
         return None
@@ -224,14 +300,69 @@ def _why_operands_differ(own: AttentionRecord, whole: AttentionRecord, step: ran
     before, here = slice(step.start), slice(step.start, step.stop)
     parts = {"cached keys": ("key", before), "cached values": ("value", before)}
     parts |= {"new keys": ("key", here), "new values": ("value", here)}
+    off = []
     for words, (name, rows) in parts.items():
         one, other = (getattr(record, name)[..., rows, :] for record in (own, whole))
         if differ(one, other, _ALIKE):
-            return f"the {words} are others than at once"
+            off.append(words)
     assert own.query is not None
     assert whole.query is not None
     if differ(own.query, whole.query[..., here, :], _ALIKE):
-        return "the queries of a later chunk are others than at once"
+        off.append("queries of a later chunk")
+    if not off:
+        return None
+    if off[:2] == ["new keys", "new values"]:
+        return (
+            "the new keys and values are others than at once: is it positions that are added to "
+            "tokens, or what else comes before?"
+        )
+    others = "" if "values" in " ".join(off) else ", values are not: rotated by other positions?"
+    return f"the {off[0]} are others than at once{others}"
+
+
+def _why_scores_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
+    """Whether the same queries, keys and values give another output, as by another bias."""
+    rows = slice(step.start, step.stop)
+    if own.output is None or whole.output is None:
+        return None
+    if not differ(own.output, whole.output[..., rows, :], _ALIKE):
+        return None
+    one, other = own.bias, whole.bias
+    if other is not None:
+        other = other[..., rows if other.shape[-2] > 1 else slice(None), : step.stop]
+    if (one is None) != (other is None) or (
+        one is not None
+        and other is not None
+        and bool((one - other).nan_to_num(0.0, 0.0, 0.0).abs().max() > _ALIKE)
+    ):
+        return (
+            "what is added to the scores of a later chunk is not what is added at once: is it made "
+            "for the queries at their own positions?"
+        )
+    return "the same queries, keys and values give another output than at once"
+
+
+def _why_kept_keys_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
+    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens."""
+    # Which token a key is of is told by the key itself, of the first sample and head.
+    assert own.key is not None
+    assert whole.key is not None
+    kept, known = own.key[0, 0].double(), whole.key[0, 0].double()
+    alike = torch.cdist(kept, known) <= _ALIKE * known.norm(dim=-1)
+    sees, saw = (_seen(record)[0, 0] for record in (own, whole))
+    for row, token in enumerate(step):
+        owners = alike[sees[row]]
+        if bool((owners.sum(-1) > 1).any()):
+            return None  # keys of several tokens are the same
+        if not bool(owners.any(-1).all()):
+            return f"token {token} sees a key with the cache that is no token's at once"
+        seen = owners.any(0)
+        lost, more = ((one & ~other).nonzero().flatten().tolist()
+                      for one, other in ((saw[token], seen), (seen, saw[token])))  # fmt: skip
+        if lost:
+            return f"token {token} sees {listed('token', lost)} at once, not with the cache"
+        if more:
+            return f"token {token} sees {listed('token', more)} with the cache, not at once"
     return None
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.bitwise import differing_bits
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
+from ...callables import borrowed, modules_in
+from ...inputs import misuse
+from .bitwise import differing_bits
+from .inside import Inside
+from .models import ModelSubject, Subject
+from .reading import as_subject
+from .subject import (
     Compared,
     check_each,
     check_relative,
@@ -24,8 +28,7 @@ from pytest_attnheat.assertions.behaviour.subject import (
     output_place,
     settled,
 )
-from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.inputs import misuse
+from .visibility import as_documents
 
 # Samples that are run alone, and others of which each is tried for its influence.
 _ALONE = 4
@@ -47,6 +50,7 @@ def assert_batch_independent(
     subject: Callable[..., Any],
     *inputs: Tensor,
     lengths: Sequence[int] | Tensor | None = None,
+    documents: Tensor | None = None,
     tolerance: float | None = None,
     exact: bool = False,
     seed: int = 0,
@@ -68,6 +72,9 @@ def assert_batch_independent(
         lengths: For a model: how many tokens of each sample are real, (batch,).
             The rest is padding, which the model is told of by its mask and
             whose output is not judged. None for no mask.
+        documents: For a model: the document of each token, (batch, length) or (length,), of several
+            that are packed into one sequence. Each has to give the same alone, with its part of
+            every argument (batch, length); so positions have to begin anew in it.
         tolerance: By what part of its size a row of the output may change. By default it follows
             the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in float64, float32, float16, bfloat16.
         exact: Whether the output must be the same bit by bit, as a batch-invariant engine
@@ -91,7 +98,7 @@ def assert_batch_independent(
     """
     __tracebackhide__ = True
     called = as_subject(subject, inputs, arguments, lengths, seed=seed if training else None)
-    if called.batch < 2:
+    if called.batch < 2 and documents is None:
         name, first = next(iter(called.tensors.items()))
         accepted = "(batch, ...), two samples or more, to see whether they depend on one another"
         raise ValueError(misuse(name, f"shape {tuple(first.shape)}", accepted))
@@ -99,7 +106,9 @@ def assert_batch_independent(
         base = settled(subject, called.run, training=training, seed=seed, exact=exact)
         allowed = check_relative(tolerance, coarsest(base))
         batch = _Batch(subject, called, base, allowed, training, exact)
-        compared = _pairs(batch, torch.Generator().manual_seed(seed), repeat=f"seed={seed}")
+        repeat, packed = f"seed={seed}", [] if documents is None else [_packed(batch, documents)]
+        samples = _pairs(batch, torch.Generator().manual_seed(seed), repeat=repeat)
+        compared = chain(packed, samples if called.batch > 1 else ())
         check_each(_BATCH, compared, allowed=allowed, exact=exact)
 
 
@@ -180,6 +189,37 @@ def _alone(batch: _Batch, samples: Tensor, repeat: str) -> Compared:
     )  # fmt: skip
 
 
+def _packed(batch: _Batch, documents: Tensor) -> Compared:
+    """What documents give in the sequence that they are packed into, and alone."""
+    called = batch.called
+    if not isinstance(called, ModelSubject):
+        raise ValueError(misuse("documents", "some, with an attention function", "a model"))
+    for name, value in called.arguments.items():
+        counts = isinstance(value, Tensor) and value.ndim and not value.is_floating_point()
+        if counts and not called.along(name, square=True):
+            accepted = "a tensor (batch, length), which can be cut to one document"
+            raise ValueError(misuse(name, f"shape {tuple(value.shape)}", accepted))
+    owners = as_documents(documents, (called.batch, called.length))
+    alone = batch.output.clone()
+    for sample, owner in enumerate(owners):
+        one = called.samples(torch.tensor([sample], device=batch.output.device))
+        for document in owner.unique():
+            tokens = (owner == document).nonzero().flatten()
+            alone[sample, tokens] = one.cut(tokens.tolist()).run()[0]
+
+    def cause(change: Tensor) -> str | None:
+        first = (owners == owners[:, :1]).to(change.device)
+        if bool((change > batch.allowed)[first].any()):
+            return None
+        return (
+            "the first document of a sequence is right: are the others shown to it by the mask, or "
+            "do their positions count on from it?"
+        )
+
+    claim = "rows of documents are not the same packed into one sequence as alone"
+    return Compared(batch.output, alone, claim=claim, cause=cause, again=called.run)
+
+
 def _picked(output: Tensor, samples: Tensor) -> Tensor:
     """The rows of some samples, of any dtype: torch 2.6 cannot index float8 by a tensor."""
     if output.itemsize > 1:
@@ -223,6 +263,8 @@ def _batch_cause(batch: _Batch, sample: int) -> str:
     # Any other known defect a sample has alone as well.
     if "batch" in known or "samples" in known:
         return known
+    if isinstance(batch.called, ModelSubject) and (said := Inside(batch.called).why_entries_mix()):
+        return said
     return _company(batch, sample)
 
 

@@ -11,26 +11,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import MASK
-from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    check_relative,
-    check_rows,
-    coarsest,
-    differ,
-    holds,
-    output_place,
-    settled,
-)
-from pytest_attnheat.attention.backward import names_of
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.outcomes import finite
-from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.callables import borrowed, changed
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import wide_dtype
+from ...attention.backward import names_of
+from ...attention.chunks import index_of
+from ...attention.outcomes import finite
+from ...attention.tolerance import is_fine
+from ...callables import borrowed, changed
+from ...failure import Checked, Failure, Place
+from ...inputs import wide_dtype
+from .functions import MASK
+from .invariance import RANDOM_CAUSE
+from .models import Subject
+from .reading import as_subject
+from .subject import check_relative, check_rows, coarsest, differ, holds, output_place, settled
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
 _Layout: TypeAlias = Callable[[str, Tensor], Tensor | None]

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds, output_place
-from pytest_attnheat.assertions.behaviour.visibility import Replacement
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from ...attention.chunks import index_of
+from ...failure import Checked, Failure, Place
+from ...heatmaps.terminal import format_heatmap, map_name
+from .functions import AttentionFunction
+from .inside import Inside
+from .leak_search import Fault, Search
+from .models import ModelSubject, Subject
+from .subject import as_of_keys, differ, holds, listed, output_place
+from .visibility import Replacement
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
@@ -75,9 +75,12 @@ def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
     if crop is not None:
         return _cause_inside(worst, _cause_in(crop))
-    known = worst.search.subject.mistake(worst.search.base)
+    subject = worst.search.subject
+    known = subject.mistake(worst.search.base)
     if known or worst.query is not None or worst.is_another_head:
         return known
+    if isinstance(subject, ModelSubject) and (said := Inside(subject).why_entries_mix()):
+        return said
     return "softmax or a normalisation over the batch, or another entry's keys?"
 
 
@@ -126,7 +129,7 @@ def _blindness(fault: Fault, search: Search) -> Failure:
     numbers = missed.nonzero().flatten().tolist()
     crop = _Crop(search, observer, numbers[-1], "larger")
     unseen = (
-        f"{subject.observer} {observer[-1]} does not see {_listed(subject.element, numbers)}: "
+        f"{subject.observer} {observer[-1]} does not see {listed(subject.element, numbers)}: "
         f"whatever is there, {output_place(observer)} stays the same"
     )
     return _failure(
@@ -149,7 +152,7 @@ def _cause_of_blindness(
     numbers = search.may_see[observer].nonzero().flatten().tolist()
     square = search.may_see.shape[-2] == search.may_see.shape[-1]  # else, from which corner?
     future = [number for number in numbers if number > observer[-1] and square]
-    if future and set(missed) <= set(future) and search.claim.may_be_causal:
+    if future and set(missed) == set(future) and search.claim.may_be_causal:
         return f"all of them lie in its future: {search.claim.may_be_causal}"
     if len(missed) == len(numbers) > 1:
         return "it sees nothing at all: is the whole row masked?"
@@ -158,17 +161,11 @@ def _cause_of_blindness(
         return f"the last that it may see{own}: a mask that closes one place too early?"
     if list(missed) == numbers[: len(missed)]:
         return (
-            "those farthest back: a sliding window? Say so with may_see=, or must_see=False "
-            "(with window=, chunk= or documents= of an AttentionSpec)"
+            "those farthest back: a sliding window, chunks or packed documents? Say so with "
+            "may_see= or documents=, or must_see=False (with window=, chunk= or documents= of an "
+            "AttentionSpec)"
         )
     return None
-
-
-def _listed(name: str, numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"{name} {numbers[0]}"
-    shown = ", ".join(map(str, numbers[:4]))
-    return f"{name}s {shown}{', ...' * (len(numbers) > 4)}"
 
 
 class _Mover:
@@ -318,15 +315,13 @@ def _narrow(items: list[Any], move: Callable[[list[Any]], bool]) -> list[Any]:
 def _cause_in(crop: _Crop) -> str | None:
     """Read a likely cause from what the observers around the worst one see."""
     sees, forbidden, rightly = crop.sees, crop.forbidden, crop.seen_rightly
-    wrongly = sees & forbidden
-    if not bool(wrongly.any()):
+    if not bool((wrongly := sees & forbidden).any()):
         return None
     rows, columns = (torch.arange(one.start, one.stop) for one in (crop.rows, crop.columns))
     others = rightly & crop.judged.unsqueeze(-1) & (columns != rows.unsqueeze(-1))
     if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
-    extra = _elements_too_many(crop, wrongly)
-    if extra == 1:
+    if (extra := _elements_too_many(crop, wrongly)) == 1:
         return _ONE_TOO_MANY
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         allowed = crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist()

@@ -10,15 +10,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    for_each_query_head,
-    of_any,
-    of_the_first,
-    relative_change,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, spread_rows, touched
-from pytest_attnheat.attention.chunks import index_of
+from ...attention.chunks import index_of
+from .models import Subject
+from .subject import for_each_query_head, of_any, of_the_first, relative_change
+from .visibility import Claim, Replacement, spread_rows, touched
 
 # How many sets of elements are tried before an output is believed to depend on all of them.
 _TRIALS = 12
@@ -26,6 +21,8 @@ _TRIALS = 12
 _MOST_BLIND = 8
 # What is cheap has every observer judged, in no more passes, and backward passes, than this.
 _MOST_PASSES, _MOST_BACKWARD = 32, 64
+# Of what is cheap, whether it sees what it must is asked of observers in so many backward passes.
+_MOST_SEEING = 16
 # Once something is found, so many more passes count it, and fewer where they are not cheap.
 _MOST_COUNTING, _MOST_DEAR = 128, 16
 
@@ -259,6 +256,9 @@ class Search:
         """Where the gradient of a few observers is 0, and where not."""
         # A whole model is dear: one backward pass, if its batch makes that several observers.
         count = 2 if self.subject.has_queries or len(self.claim.judged) == 1 else 1
+        if self.subject.is_cheap:  # each query, in some batch entry or head
+            length, entries = self.judged.shape[-1], self.judged[..., 0].numel()
+            count = max(count, min(-(-length // entries), _MOST_SEEING))
         chosen = [self._observers(self.judged, number) for number in range(count)]
         # One that must see the most: what is blind to something far away shows there or nowhere.
         most = self.may_see.sum(-1).mul(self.judged).reshape(-1, self.judged.shape[-1])[-1].argmax()

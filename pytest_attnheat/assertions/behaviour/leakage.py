@@ -8,15 +8,15 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.leak_message import describe, describe_not_finite
-from pytest_attnheat.assertions.behaviour.leak_search import Search
-from pytest_attnheat.assertions.behaviour.memory import claims_of
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import check_count, check_relative, settled
-from pytest_attnheat.assertions.behaviour.visibility import Stated
-from pytest_attnheat.attention.vocabulary import Alignment, Side
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import misuse, positive
+from ...attention.vocabulary import Alignment, Side
+from ...callables import borrowed
+from ...inputs import misuse, positive
+from .leak_message import describe, describe_not_finite
+from .leak_search import Search
+from .memory import claims_of
+from .reading import as_subject
+from .subject import check_count, check_relative, settled
+from .visibility import Stated
 
 Method: TypeAlias = Literal["perturbation", "gradient", "nan"]
 

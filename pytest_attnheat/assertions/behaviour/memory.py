@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.visibility import Claim, Padding, Stated
-from pytest_attnheat.attention.vocabulary import Side
+from ...attention.vocabulary import Side
+from .models import ModelSubject, Subject
+from .sequences import SequenceModel
+from .visibility import Claim, Padding, Stated
 
 
 def memory_of(subject: Subject) -> MemorySubject | None:

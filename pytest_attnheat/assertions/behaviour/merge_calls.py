@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.inputs import misuse, one_of
+from ...callables import parameters_of
+from ...inputs import misuse, one_of
 
 Base: TypeAlias = Literal["e", "2"]
 Calling: TypeAlias = Literal["pair", "stacked", "list", "output_first", "in_place"]
@@ -157,16 +157,12 @@ def _check(form: Form) -> None:
     wrong = len(form.layout) != len(letters) or not {"l", "d"} <= letters <= known
     if wrong or ("n" in letters) != stacked:
         parts = ", and n for the parts" if stacked else ""
-        accepted = f"each of l and d once, and b and h or not{parts}, as {_example(stacked)!r}"
+        accepted = f"each of l and d once, and b and h or not{parts}, as '{'n' * stacked}blhd'"
         raise ValueError(misuse("layout", repr(form.layout), accepted))
     own = form.lse_layout.replace("1", "", 1)
     if set(own) != letters - {"d"} or len(own) != len(set(own)):
         accepted = f"the letters of layout={form.layout!r} without d, in any order, and 1 or not"
         raise ValueError(misuse("lse_layout", repr(form.lse_layout), accepted))
-
-
-def _example(stacked: bool) -> str:
-    return "nblhd" if stacked else "blhd"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.merge_states import LN2, exactly
-from pytest_attnheat.assertions.behaviour.subject import as_described, takes
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.inputs import misuse, wide_dtype
+from ...attention.call import Call
+from ...attention.computation import reference
+from ...attention.reference import causal_mask
+from ...attention.scoring import draw
+from ...attention.tolerance import output_tolerance
+from ...inputs import misuse, wide_dtype
+from .merge_states import LN2, exactly
+from .subject import as_described, takes
 
 _BATCH, _HEADS, _KEY_HEADS, _QUERIES, _KEYS, _WIDTH = 2, 4, 2, 5, 24, 64
 # By how much the scores of some parts are above those of others.

@@ -11,9 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, DeclaredFullyMasked
-from pytest_attnheat.inputs import dtype_name
+from ...attention.tolerance import output_tolerance
+from ...attention.vocabulary import HIDDEN_FROM, DeclaredFullyMasked
+from ...inputs import dtype_name
 
 LN2 = math.log(2.0)
 _UNKNOWN = "other rows are wrong as well, and no known mistake gives their numbers"

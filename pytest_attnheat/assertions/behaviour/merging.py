@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.merge_calls import Base, Calling, Merge, form_of
-from pytest_attnheat.assertions.behaviour.merge_parts import PROBLEMS, Maker, Problem
-from pytest_attnheat.assertions.behaviour.merge_states import LN2, Comparison, cause_of, folded
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.devices import check_device
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
-from pytest_attnheat.callables import always_compiled, borrowed
-from pytest_attnheat.failure import Checked, Failure, Place, number_text
-from pytest_attnheat.inputs import dtype_names, misuse, one_of, seed_number
+from ...attention.chunks import index_of
+from ...attention.devices import check_device
+from ...attention.scoring import draw
+from ...attention.tolerance import output_tolerance
+from ...attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
+from ...callables import always_compiled, borrowed
+from ...failure import Checked, Failure, Place, number_text
+from ...inputs import dtype_names, misuse, one_of, seed_number
+from .merge_calls import Base, Calling, Merge, form_of
+from .merge_parts import PROBLEMS, Maker, Problem
+from .merge_states import LN2, Comparison, cause_of, folded
 
 _NAME = "assert_merges"
 _MOST_NAMES = 3

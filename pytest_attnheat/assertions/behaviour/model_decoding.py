@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.sequences import (
-    CachedDecoding,
-    decoded,
-    refuse_unused_cache,
-)
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
-from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.inputs import misuse
+from ...attention.vocabulary import Alignment
+from ...inputs import misuse
+from .inside import Inside
+from .models import ModelSubject, Subject
+from .sequences import CachedDecoding, decoded, refuse_unused_cache
+from .subject import begin, differ, holds, output_place
 
 # How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
 MOST_SINGLE_TOKENS = 128
@@ -174,6 +170,41 @@ class ModelDecoder(Decoder):
         result, cache = decoded(model.decode, given.clone(), cache, **arguments)
         return model.read(result, chunk), cache
 
+    def in_another_order(self, order: Tensor, first: int) -> Tensor | None:
+        """Decode a chunk, put the batch in another order, and decode the rest token by token.
+
+        Args:
+            order: The entry of the batch that is to be at each place, (batch,).
+            first: The size of the first chunk.
+
+        Returns:
+            The outputs of the rest, (batch, length - first, width); None where the cache cannot be
+            reordered.
+        """
+        reorder, moved = (
+            self.subject.model.reorder,
+            replace(self, subject=self.subject.samples(order)),
+        )
+        assert reorder is not None
+        _, cache = self.step(range(first), None)
+        try:
+            cache = reorder(cache, order)
+        except NotImplementedError:
+            return None
+        outputs: list[Tensor] = []
+        for token in range(first, self.subject.length):
+            output, cache = moved.step(range(token, token + 1), cache)
+            outputs.append(output)
+        return torch.cat(outputs, 1)
+
+    def why_order_fails(self, broken: Tensor, order: Tensor) -> str:
+        """Say which entries of a batch in another order are off, (batch, rest)."""
+        off, stays = broken.any(-1), order == torch.arange(len(order), device=order.device)
+        if torch.equal(off.to(order.device), ~stays):
+            fact = "entries that keep their place alone are right" if stays.any() else "all are off"
+            return f"{fact}: is the whole cache reordered, keys and values of every layer?"
+        return "is the cache put in the order that it is given: its entry i is entry order[i]?"
+
     def _run(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Run the model on some tokens at once, at some positions, without a cache."""
         here = self.subject.cut(tokens)
@@ -200,17 +231,43 @@ class ModelDecoder(Decoder):
                 "single tokens are right, longer chunks are not: within a chunk the causal mask "
                 "must be aligned to the bottom right, and the positions must count on"
             )
-        if not bool(broken[:, : evidence.plan.sizes[0]].any()):
-            return (
-                _why_some_entries(broken)
-                or _why_from_some_token(broken, evidence.plan)
-                or Inside(self.subject, lambda: self.decode(evidence.plan.steps)).why_chunk_differs(
-                    first, Inside(self.subject)
+        if bool(broken[:, : evidence.plan.sizes[0]].any()):
+            return None
+        steps = evidence.plan.steps
+        found = Inside(self.subject, lambda: self.decode(steps)).why_chunk_differs(
+            steps.index(first), first, Inside(self.subject)
+        )
+        where, guess = self._where(broken, evidence.plan)
+        return ": ".join(part for part in (where, found or guess) if part)
+
+    def _where(self, broken: Tensor, plan: Plan) -> tuple[str, str]:
+        """Say which entries or tokens are off, where others are right, and a guess at why."""
+        off = broken.any(-1).flatten()
+        if not bool(off.all()):
+            if len(off) > 2 and not off[0] and bool(off[1:].all()):
+                return "batch entry 0 is right, all others are not", "is its cache used for all?"
+            named = ", ".join(map(str, off.nonzero().flatten().tolist()))
+            real = self.subject.real
+            if real is not None and torch.equal(off, ~real.all(-1).to(off.device)):
+                return (
+                    f"batch entry {named} alone, which is padded, is off",
+                    "do the positions and the mask of a later chunk count its padding?",
                 )
-                or "the first chunk is right, what comes with a cache is not: the cached keys, "
-                "the positions, or the mask of a later chunk"
+            return (
+                f"batch entry {named} alone is off",
+                "look at how the cache is indexed by the batch",
             )
-        return None
+        tokens = tokens_off(broken)
+        first = tokens[0]
+        if first > plan.sizes[0] and len(tokens) > 1 and tokens[-1] - first < len(tokens):
+            return (
+                f"right up to token {first - 1}, wrong from token {first} on",
+                "is the cache full then, cut or overwritten, or do the positions wrap around?",
+            )
+        return "", (
+            "the first chunk is right, what comes with a cache is not: the cached keys, the "
+            "positions, or the mask of a later chunk"
+        )
 
     def _mistakes(self, plan: Plan, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Yield what may be wrong, in words, and the output of the chunk that it gives."""
@@ -235,26 +292,3 @@ class ModelDecoder(Decoder):
         tried += [(words, before + own, before + own) for words, before in histories.items()]
         for words, tokens, at in tried:
             yield words, lambda tokens=tokens, at=at: self._run(tokens, at)[:, -len(own) :]  # type: ignore[misc]
-
-
-def _why_some_entries(broken: Tensor) -> str | None:
-    """Name the entries of the batch that are off, where others are right."""
-    off = broken.any(-1).flatten().tolist()
-    if all(off):
-        return None
-    if len(off) > 2 and not off[0] and all(off[1:]):
-        return "batch entry 0 is right, all others are not: is its cache used for all?"
-    named = ", ".join(str(entry) for entry, is_off in enumerate(off) if is_off)
-    return f"batch entry {named} alone is off: look at how the cache is indexed by the batch"
-
-
-def _why_from_some_token(broken: Tensor, plan: Plan) -> str | None:
-    """Name the token from which on all are off, where some decoded ones before it are right."""
-    off = tokens_off(broken)
-    first = off[0]
-    if first <= plan.sizes[0] or len(off) < 2 or off[-1] - first + 1 > len(off):
-        return None
-    return (
-        f"right up to token {first - 1}, wrong from token {first} on: is the cache full then, cut "
-        "or overwritten, or do the positions wrap around?"
-    )

@@ -10,10 +10,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
-from pytest_attnheat.assertions.behaviour.visibility import (
+from ...attention.reference import causal_mask, read_lengths
+from ...attention.tolerance import output_tolerance
+from ...attention.vocabulary import Side
+from ...callables import copied, modules_in
+from ...inputs import misuse
+from .functions import AttentionFunction, permitted
+from .sequences import SequenceModel, check_takes_mask
+from .subject import begin, differ, holds, output_place
+from .visibility import (
     Claim,
     Embedded,
     Padding,
@@ -31,11 +36,6 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.reference import causal_mask, read_lengths
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.callables import copied, modules_in
-from pytest_attnheat.inputs import misuse
 
 # A call of so many multiplications is cheap; attention takes so many for each pair of tokens.
 _CHEAP, _PER_TOKEN = 2**27, 64
@@ -376,12 +376,17 @@ class ModelSubject:
             plain, real=self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
         )
         base = plain.run()
-        if not holds(lambda: differ(everything.run(), base, output_tolerance(base.dtype))):
+        allowed = output_tolerance(base.dtype)
+        if not holds(lambda: differ(everything.run(), base, allowed)):
             return None
-        return (
-            "a mask that hides nothing changes the output: is the causal mask lost where another "
-            "is given, as by | in place of &?"
-        )
+        said = "a mask that hides nothing "
+        if bool(everything.run().isnan().any()) and not bool(base.isnan().any()):
+            said += "makes the output nan: is it multiplied by -inf, or by a number that its dtype "
+            return said + "cannot hold?"
+        if holds(lambda: not differ(plain.cut([0]).run(), base[:, :1], allowed)):
+            said += "changes the output: is the causal mask lost where another is given, as by | "
+            return said + "in place of &?"
+        return said + "changes the output: what else is it used for?"
 
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from positions."""
@@ -398,7 +403,8 @@ class ModelSubject:
         if argument is None:
             return (
                 "the module is not told the positions: if it has absolute positions, let it take "
-                "them, with SequenceModel(..., positions_argument=...)"
+                "them, with SequenceModel(..., positions_argument=...), or say side='right' there "
+                "if it is never padded on the left"
             )
         return f"are the positions in {argument} used?"
 

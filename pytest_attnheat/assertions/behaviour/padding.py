@@ -10,24 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
-from pytest_attnheat.assertions.behaviour.memory import memory_of
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    check_relative,
-    check_rows,
-    coarsest,
-    differ,
-    holds,
-    output_place,
-    settled,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Padding, Told
-from pytest_attnheat.attention.vocabulary import SIDES, Side
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import check_number, misuse, positive
+from ...attention.vocabulary import SIDES, Side
+from ...callables import borrowed
+from ...inputs import check_number, misuse, positive
+from .inside import Inside
+from .invariance import RANDOM_CAUSE
+from .memory import memory_of
+from .models import ModelSubject, Subject
+from .reading import as_subject
+from .subject import check_relative, check_rows, coarsest, differ, holds, output_place, settled
+from .visibility import Padding, Told
 
 _NAME = "assert_padding_invariant"
 
@@ -63,9 +55,9 @@ def assert_padding_invariant(
         lengths: For a model: how many tokens of each sample are real, counted from the
             first, (batch,). By default all, and padding is added to all samples; of two
             or more samples it then also makes a batch in which only some are padded.
-        sides: On which sides, `"right"`, `"left"` or both; by default both, and the right alone of
-            a module that is told lengths. A causal module needs no mask for
-            padding on the right: with `sides="right"` a module may take no mask.
+        sides: On which sides, `"right"`, `"left"` or both; by default both, or that of
+            `SequenceModel(side=)`, and the right alone of a module that is told lengths. A causal
+            module needs no mask for padding on the right: with `sides="right"` it may take none.
         amount: How many tokens, or keys, of padding are added to the longest sample.
         padding_value: What the padding holds, for a model that finds its padding by a token id.
             Such a model needs no mask.
@@ -97,9 +89,8 @@ def assert_padding_invariant(
         seed=seed if training else None,
     )  # fmt: skip
     called = memory_of(called) or called
-    if sides is None and isinstance(called, ModelSubject) and called.model.mask == "lengths":
-        given = ("right",)
     if isinstance(called, ModelSubject):
+        given = called.model.sides if sides is None else given
         called.check_padding(needs_mask=value is None and list(given) != ["right"])
     paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():

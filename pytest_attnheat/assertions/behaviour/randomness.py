@@ -13,13 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights, why_factor
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import check_count, check_rows, relative_change
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import (
+from ...attention.tolerance import output_tolerance
+from ...callables import (
     borrowed,
     identical,
     modules_in,
@@ -27,8 +22,13 @@ from pytest_attnheat.callables import (
     random_states,
     seed_everything,
 )
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
+from ...failure import Checked, Failure, Place
+from ...inputs import check_number, misuse, positive, seed_number
+from .dropout import check_dropout_of_weights, why_factor
+from .functions import AttentionFunction
+from .models import Subject
+from .reading import as_subject
+from .subject import check_count, check_rows, relative_change
 
 _NAME = "assert_deterministic"
 _STANDARD_ERRORS = 5
@@ -181,7 +181,7 @@ def _check_repeats(call: _Call, seed: int) -> Tensor:
     for when, again in (("from one call to the next", following), ("with the seed", reseeded)):
         check_rows(
             _NAME, *_without_equal_nans(again, first), claim=f"outputs change {when}, {call.mode}",
-            allowed=0.0, cause=lambda _: _why_random(call, seed), repeat=f"seed={seed}",
+            allowed=0.0, cause=lambda _: _why_random(call), repeat=f"seed={seed}",
             again=call.run,
         )  # fmt: skip
     return first
@@ -201,7 +201,7 @@ def _without_equal_nans(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.masked_fill(same, 0.0), b.masked_fill(same, 0.0)
 
 
-def _why_random(call: _Call, seed: int) -> str:
+def _why_random(call: _Call) -> str:
     states = [_random_state()]
     with _noting_who_draws(call.modules) as drawing:
         call.run()

@@ -10,19 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.sequences import (
-    Multihead,
-    SequenceModel,
-    check_takes_mask,
-    recognise,
-)
-from pytest_attnheat.assertions.behaviour.subject import Described, as_input
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.scoring import leading_shape
-from pytest_attnheat.callables import copied
-from pytest_attnheat.inputs import misuse
+from ...attention.reference import padding_mask
+from ...attention.scoring import leading_shape
+from ...callables import copied
+from ...inputs import misuse
+from .functions import MASK, AttentionFunction
+from .models import ModelSubject, Subject
+from .sequences import Multihead, SequenceModel, check_takes_mask, recognise
+from .subject import Described, as_input
 
 # Of a function with too many weights, heads and keys are cut to so many.
 _MOST_HEADS, _MOST_KEYS = 8, 256
@@ -198,12 +193,9 @@ def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
         some = mask[..., rows.to(mask.device), :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
         arguments[MASK] = _corner(some, kept)
     return replace(
-        function,
-        query=_corner(query[..., rows, :], kept),
-        key=_corner(key[..., :keys, :], own),
-        value=_corner(function.value[..., :keys, :], own),
-        arguments=arguments,
-    )
+        function, query=_corner(query[..., rows, :], kept), key=_corner(key[..., :keys, :], own),
+        value=_corner(function.value[..., :keys, :], own), arguments=arguments,
+    )  # fmt: skip
 
 
 def _corner(tensor: Tensor, leading: list[int]) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import MASK_MEANINGS, MaskMeaning
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.inputs import misuse
+from ...attention.reference import causal_mask
+from ...attention.vocabulary import MASK_MEANINGS, SIDES, MaskMeaning, Side
+from ...callables import parameters_of
+from ...inputs import misuse, one_of
 
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -47,11 +47,15 @@ class SequenceModel:
         decode: For a module with a cache of keys and values: `decode(inputs, cache)` returns
             the output for a further chunk of the sequence and the new cache; the cache of the
             first chunk is None. Further arguments of the module are passed on to it by keyword.
+        reorder: With `decode`: `reorder(cache, order)` returns a cache whose entry i of the batch
+            is entry `order[i]` of the given one, (batch,), as beam search needs it.
         arguments: Further keyword arguments of every call. Where samples are chosen, a tensor
             whose first dimension is the batch is cut along with them.
         memory_argument: The keyword of a memory (batch, other length, width) in which the module
             looks things up, as in cross-attention. Its mask is then about the memory.
         has_positions: Whether the order of tokens matters to a module that is not causal.
+        side: On which side alone its sequences are padded; None for either. The right for a module
+            that counts positions from its first slot, and is only ever padded behind.
         batch_first: Whether the batch is the first dimension of inputs and output, the
             length the second; if not, the other way round. Masks are (batch, length) always.
         output: Picks the output (batch, length, ...) from what the module returns. By default
@@ -63,9 +67,11 @@ class SequenceModel:
     mask_argument: str | None = None
     positions_argument: str | None = None
     decode: Decode | None = None
+    reorder: Callable[[Any, Tensor], Any] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     memory_argument: str | None = None
     has_positions: bool | None = None
+    side: Side | None = None
     batch_first: bool = True
     output: Callable[[Any], Tensor] | None = None
 
@@ -75,6 +81,8 @@ class SequenceModel:
         if not callable(self.mask) and self.mask not in (None, *_MEANINGS):
             accepted = f"{', '.join(map(repr, _MEANINGS))}, a function, or None"
             raise ValueError(misuse("mask", repr(self.mask), accepted))
+        if self.side is not None:
+            one_of("side", self.side, SIDES)
         if (self.mask is None) != (self.mask_argument is None):
             got = f"mask={self.mask!r}, mask_argument={self.mask_argument!r}"
             accepted = (
@@ -149,6 +157,13 @@ class SequenceModel:
         )
         shapes = [tuple(tensor.shape) for tensor in found]
         raise ValueError(misuse(f"what {self.name} returns", shapes, accepted))
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """On which sides it may be padded. What is told lengths counts them from the first."""
+        if self.side is not None or self.mask == "lengths":
+            return (self.side or "right",)
+        return ("right", "left")
 
     @property
     def name(self) -> str:
@@ -291,7 +306,16 @@ def _of_transformers(module: Callable[..., Any]) -> SequenceModel:
         mask_argument=mask,
         positions_argument="position_ids" if "position_ids" in taken else None,
         decode=CachedDecoding(module) if any(name in taken for name in _CACHES) else None,
+        reorder=_reordered,
     )
+
+
+def _reordered(cache: Any, order: Tensor) -> Any:
+    """Put a cache of transformers in another order, as its beam search does."""
+    if not hasattr(cache, "reorder_cache"):
+        raise NotImplementedError
+    cache.reorder_cache(order)
+    return cache
 
 
 # What models of transformers call their cache: `cache` from version 5.24 on.
@@ -362,7 +386,7 @@ def name_of_cache(module: Callable[..., Any]) -> str | None:
 
 def decode_takes(model: SequenceModel) -> bool:
     """Whether `decode` can be told of padding on the left."""
-    if model.decode is None or model.mask in (None, "lengths") or model.memory_argument:
+    if model.decode is None or model.mask is None or model.memory_argument:
         return False
     try:
         inspect.signature(model.decode).bind(None, None, **{str(model.mask_argument): None})

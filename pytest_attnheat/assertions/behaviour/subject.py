@@ -22,14 +22,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.bitwise import check_bits, differing_bits
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.outcomes import rms
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import identical, modules_in, parameters_of, seed_all
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import check_tolerance, misuse
+from ...attention.call import Call
+from ...attention.chunks import index_of
+from ...attention.outcomes import rms
+from ...attention.tolerance import output_tolerance
+from ...callables import identical, modules_in, parameters_of, seed_all
+from ...failure import Checked, Failure, Place
+from ...inputs import check_tolerance, misuse
+from .bitwise import check_bits, differing_bits
 
 
 def check_count(inputs: Sequence[object], assertion: str) -> None:
@@ -123,6 +123,12 @@ def differ(
     return bool(wrong.any())
 
 
+def listed(name: str, numbers: Sequence[int]) -> str:
+    """Name a few of some tokens or keys; empty where there are none."""
+    shown = ", ".join(map(str, numbers[:4])) + ", ..." * (len(numbers) > 4)
+    return shown and f"{name}{'s' * (len(numbers) > 1)} {shown}"
+
+
 def holds(suspicion: Callable[[], bool]) -> bool:
     """Tell whether a likely cause is the one; not if the subject refuses the unusual inputs."""
     try:
@@ -148,9 +154,9 @@ def of_the_first(of_queries: Tensor, group: int, *, dim: int = -2) -> Tensor:
     return of_queries if group == 1 else _grouped(of_queries, group, dim).select(dim, 0)
 
 
-def of_any(of_queries: Tensor, group: int, *, dim: int = -2) -> Tensor:
+def of_any(of_queries: Tensor, group: int) -> Tensor:
     """Tell what is true of any of the query heads that share their keys."""
-    return of_queries if group == 1 else _grouped(of_queries, group, dim).any(dim)
+    return of_queries if group == 1 else _grouped(of_queries, group, -2).any(-2)
 
 
 def _grouped(of_queries: Tensor, group: int, dim: int) -> Tensor:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import Alignment, Side
-from pytest_attnheat.inputs import misuse
+from ...attention.chunks import query_chunks
+from ...attention.reference import padding_mask
+from ...attention.scoring import draw
+from ...attention.vocabulary import Alignment, Side
+from ...inputs import misuse
 
 # Replaced inputs are as large as the given ones, or larger by this factor.
 LARGER = 8.0

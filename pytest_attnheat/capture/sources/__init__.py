@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from pytest_attnheat.capture.sources import flex, sdpa, written
-from pytest_attnheat.capture.watching import Call, Function, Source
+from ..watching import Call, Function, Source
+from . import flex, sdpa, written
 
 # Operators of these names do attention and tell nothing, as far as names tell.
 _ATTENTION = re.compile(r"attention|attn|sdpa|flash|mha(_|$)", re.IGNORECASE)

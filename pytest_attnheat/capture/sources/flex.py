@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pytest_attnheat.attention.call import ScoreMod
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.watching import After, Call
-from pytest_attnheat.inputs import wide_dtype
+from ...attention.call import ScoreMod
+from ...inputs import wide_dtype
+from ..record import AttentionRecord
+from ..watching import After, Call
 
 SOURCE = "flex_attention"
 
@@ -33,16 +33,13 @@ def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     mask_mod, blocks = block_mask[-1], block_mask[2]
     batch, heads, query_len, _ = query.shape
     shape = (batch, heads, query_len, key.shape[-2])
+    is_none = getattr(score_mod, "__name__", "") == "_identity"
     return AttentionRecord(
         layer="", source=SOURCE, shape=shape, dtype=query.dtype, query=query, key=key, value=value,
         output=output, given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
         scale=float(scale), scale_steps=(float(scale),),
-        score_mod=None if _changes_nothing(score_mod) else _of_many(_frozen(score_mod, query)),
+        score_mod=None if is_none else _of_many(_frozen(score_mod, query)),
     )  # fmt: skip
-
-
-def _changes_nothing(score_mod: Callable[..., Tensor]) -> bool:
-    return getattr(score_mod, "__name__", "") == "_identity"
 
 
 def _dense(

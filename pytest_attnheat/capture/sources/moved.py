@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pytest_attnheat.capture.shaping import in_windows, joined, still_joined
-from pytest_attnheat.capture.sources.reading import attended_of, mark_blocks, tell_divided
-from pytest_attnheat.capture.tags import Scores, Tag, coarser
-from pytest_attnheat.capture.watching import After, Call, Function
+from ..shaping import in_windows, joined, still_joined
+from ..tags import Scores, Tag, coarser, mixed
+from ..watching import After, Call, Function
+from .reading import attended_of, mark_blocks, tell_divided
 
 # What leaves each element in its place.
 _COPIES = {
@@ -183,18 +183,23 @@ def anything(base: str, call: Call) -> After | None:
         return lambda output: _follow(call, base, number, known, every, output)
     tag, source = known[place] or Tag(), every[place]
     shape = source.shape
+    others = (t for t, one in zip(known, every, strict=True) if one is not source and t)
+    several = any(t.weights and t.scores is not None for t in others)
 
     def after(output: Any) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         if tag.unnormalised is not None and base in ("div", "divide"):
-            tell_divided(call.watcher, tag.unnormalised, every[1], output)
+            tell_divided(call.watcher, tag.unnormalised, every[1])
         same = output.ndim >= len(shape) and output.shape[-2:] == shape[-2:]
         if tag.weights and same:
             clean = tag.clean
             if clean is not None:
                 clean = _repeated(call, base, lambda one: clean if one is source else one)
             grown = output.shape[:-2] != shape[:-2]
+            if several:  # as in the difference of two softmaxes
+                call.watcher.tags[output] = mixed(tag)
+                return
             of = tuple(one for one in every if isinstance(one, Tensor)) if grown else ()
             tags[output] = replace(
                 tag, clean=clean, scores=None if grown else tag.scores, sink=None,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.tags import Sample, Scores, coarser
-from pytest_attnheat.capture.watching import Args, Keywords
+from ...attention.vocabulary import permits
+from ..tags import Sample, Scores, coarser
+from ..watching import Args, Keywords
 
 Move = Callable[[Tensor], Tensor]
 
@@ -255,9 +255,9 @@ def explained(scores: Scores, sample: Sample, scale: float) -> tuple[Tensor, Ten
     assert scores.origin is not None
     given, zero, device = sample.given.double(), sample.zero.double(), sample.given.device
     columns = sample.columns.to(device, non_blocking=True)
-    left, right = (_rows_of(operand, numbers) for operand, numbers in (
-        (scores.origin.left, sample.rows), (scores.origin.right, sample.columns)
-    ))  # fmt: skip
+    sides = (scores.origin.left, sample.rows), (scores.origin.right, sample.columns)
+    left, right = (operand.reshape(-1, operand.shape[-1])[numbers.clamp(min=0)].double()
+                   for operand, numbers in sides)  # fmt: skip
     made = scale * (left * right).sum(-1)
     size = (left * right).abs().sum(-1) * abs(scale)
     if scores.softcap is not None:
@@ -277,7 +277,3 @@ def explained(scores: Scores, sample: Sample, scale: float) -> tuple[Tensor, Ten
     vanished = scores.done & given.isneginf() & (made < top - 80)
     strange = (made.isnan() & given.isnan()) | vanished | (columns < -1)
     return (near | ~both | strange).all(), ((seen == meant) | near | strange).all()
-
-
-def _rows_of(operand: Tensor, numbers: Tensor) -> Tensor:
-    return operand.reshape(-1, operand.shape[-1])[numbers.clamp(min=0)].double()

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.sources.products import Product, explained, sample_of
-from pytest_attnheat.capture.tags import (
-    Scores,
-    Tag,
-    before_of,
-    coarser,
-    doubt_of,
-    without_factor,
-    without_repetition,
-)
-from pytest_attnheat.capture.watching import Taken, Watcher
+from ...attention.vocabulary import permits
+from ..record import AttentionRecord
+from ..shaping import Shaping
+from ..tags import Scores, Tag, before_of, coarser, doubt_of, without_factor, without_repetition
+from ..watching import Taken, Watcher
+from .products import Product, explained, sample_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ def _together(parts: dict[int, Attended]) -> Product:
     return Product(left, right, output, left, right)
 
 
-def tell_divided(watcher: Watcher, product: Product, divisor: Any, output: Tensor) -> None:
+def tell_divided(watcher: Watcher, product: Product, divisor: Any) -> None:
     """Tell of weights that their sum divides after they multiplied the value, if it does."""
     tag, left = watcher.tags[product.left_source], product.left
     sums = left.sum(-1, keepdim=True)
@@ -177,6 +169,12 @@ class _Known:
     lost: bool = False
 
 
+def _kind(tag: Tag) -> Literal["attention", "pooling", "mixed"]:
+    if tag.mixed:
+        return "mixed"
+    return "pooling" if tag.scores is not None and tag.scores.origin is None else "attention"
+
+
 def _record(
     watcher: Watcher, tag: Tag, product: Product, clean: Tensor
 ) -> tuple[AttentionRecord, Tensor]:
@@ -190,8 +188,7 @@ def _record(
     known = _known(tag, product, shaping, math.prod(scores.steps) if scores is not None else 1.0)
     exact = scores is not None and not known.strange
     record = AttentionRecord(
-        layer="", source=tag.source,
-        kind="pooling" if scores is not None and scores.origin is None else "attention",
+        layer="", source=tag.source, kind=_kind(tag),
         doubt=shaping.doubt or known.doubt or doubt_of(sources, used),
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype), query=known.query,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.tags import doubt_of, without_factor
-from pytest_attnheat.capture.watching import After, Call, Instead, Watcher
+from ...attention.vocabulary import Alignment
+from ..record import AttentionRecord
+from ..shaping import Shaping
+from ..tags import doubt_of, without_factor
+from ..watching import After, Call, Instead, Watcher
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SOURCE = "scaled_dot_product_attention"

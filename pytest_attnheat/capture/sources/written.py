@@ -15,18 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pytest_attnheat.capture.sources import moved
-from pytest_attnheat.capture.sources.products import (
-    Product,
-    read_product,
-    read_sum,
-    rows_are_distributions,
-    sample_of,
-    seen_in,
-)
-from pytest_attnheat.capture.sources.reading import tell
-from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of
-from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
+from ..tags import Origin, Scores, Tag, before_of, mixed
+from ..watching import After, Call, Function, Source, Watcher
+from . import moved
+from .products import Product, read_product, read_sum, rows_are_distributions, sample_of, seen_in
+from .reading import tell
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "mv", "tensordot"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -74,8 +67,7 @@ def _convolved(base: str, call: Call) -> After | None:
     def after(output: Any) -> None:
         follow(output)
         if (now := call.watcher.tags[output]) is not None:
-            # Heads are mixed, or keys: these are not the softmax of their scores any more.
-            call.watcher.tags[output] = replace(now, scores=None, clean=None)
+            call.watcher.tags[output] = mixed(now)  # heads, or keys
 
     return after
 
@@ -112,12 +104,8 @@ def _product(watcher: Watcher, product: Product, output: Tensor) -> None:
         watcher.found(left.softmaxes + right.softmaxes)
         return
     for weights, other in ((left, product.right_source), (right, product.left_source)):
-        if (
-            weights is not None
-            and weights.weights
-            and _mixes_heads(weights, other, product, output)
-        ):
-            watcher.tags[output] = replace(weights, scores=None, clean=None)
+        if weights is not None and weights.weights and _mixes_heads(other, product, output):
+            watcher.tags[output] = mixed(weights)
             return
     for candidate in (product, product.turned()):
         if _is_attention(watcher, candidate):
@@ -154,7 +142,7 @@ def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
-def _mixes_heads(tag: Tag, other: Tensor, product: Product, output: Tensor) -> bool:
+def _mixes_heads(other: Tensor, product: Product, output: Tensor) -> bool:
     """Whether weights are multiplied by a parameter, heads by heads."""
     weights = product.left_source if other is product.right_source else product.right_source
     return _is_parameter(other) and output.shape == weights.shape and weights.ndim > 2
@@ -195,7 +183,7 @@ def _projected(base: str, call: Call) -> After | None:
 
     def after(output: Tensor) -> None:
         if tag is not None and tag.weights and tag.turned and output.shape == source.shape:
-            tags[output] = replace(tag, scores=None, clean=None)  # Heads are mixed.
+            tags[output] = mixed(tag)
         elif isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] > 1:
             tags[output] = Tag(parametric=True)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_attnheat.contract.conventions import cached, dense, libraries, objects, packed
-from pytest_attnheat.contract.conventions.convention import Arrange as Arrange
-from pytest_attnheat.contract.conventions.convention import Convention as Convention
-from pytest_attnheat.contract.conventions.convention import Lse as Lse
-from pytest_attnheat.inputs import misuse
+from ...inputs import misuse
+from . import cached, dense, libraries, objects, packed
+from .convention import Arrange as Arrange
+from .convention import Convention as Convention
+from .convention import Lse as Lse
 
 # Module state on purpose, as that of scoring functions: a row that a project registers where its
 # modules are imported must be known wherever a callable is examined.

@@ -8,25 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.drawing import RAGGED
-from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
-from pytest_attnheat.attention.storage import OWN, Cache, Storage, laid_out
-from pytest_attnheat.contract.asking import Beside, UndeclaredError
-from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
-from pytest_attnheat.contract.conventions.dense import (
-    ALIKE,
-    FLASH_2,
-    FLASH_VALUES,
-    FLASHINFER,
-    float32,
-    inclusive,
-    left_only,
-)
-from pytest_attnheat.contract.conventions.packed import flat_mask, packing, unpack
+from ...attention.call import Call
+from ...attention.drawing import RAGGED
+from ...attention.packing import bounds, lengths_of, packed, unpacked
+from ...attention.storage import OWN, Cache, Storage, laid_out
+from ..asking import Beside, UndeclaredError
+from .convention import Arrange, Convention, Lse
+from .dense import ALIKE, FLASH_2, FLASH_VALUES, FLASHINFER, float32, inclusive, left_only
+from .packed import flat_mask, packing, unpack
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 # What caches have in common: no gradients, and a sequence that has no key gives 0.
 _CACHED: dict[str, Any] = {**FLASH_2, "dropout": False, "gradients": False}
@@ -56,7 +48,7 @@ def _beside(
     return Beside(result, cache.fault((keys, values)))
 
 
-def _buffer(spec: AttentionSpec, call: Call) -> Tensor:
+def _buffer(call: Call) -> Tensor:
     """The buffer of a packed output, (tokens, heads, width), with what memory holds before."""
     stored, shape = call.stored or Storage(), call.shapes["output"]
     return packed(stored.filled("output", call.query, *shape), lengths_of(call)[0])
@@ -121,7 +113,7 @@ def _paged_packed(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
 def _into_buffer(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     """`unified_attention`, which writes into `out` and has to be told everything."""
     cache, queries = _laid_out(spec, call), lengths_of(call)[0]
-    pools, out = _pools(cache), _buffer(spec, call)
+    pools, out = _pools(cache), _buffer(call)
     needed = {"softmax_scale": call.factor, "causal": True, "window_size": (-1, -1),
               "softcap": 0.0, "q_descale": None, "k_descale": None, "v_descale": None}  # fmt: skip
     given = {name: one for name, one in arguments.items() if one is not None}
@@ -150,7 +142,7 @@ def _planned(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     run = {name: arguments.pop(name) for name in ("sinks", "return_lse") if name in arguments}
     wrapper.plan(*first, *pages, **told, **arguments)
     heads_first = getattr(wrapper, "_kv_layout", "NHD") == "HND"
-    pools, out = _pools(cache, heads_first=heads_first), _buffer(spec, call)
+    pools, out = _pools(cache, heads_first=heads_first), _buffer(call)
     result = wrapper.run(packed(call.query, queries), pools, out=out, **run)
     return _beside(unpack(result, call, heads_first=False), cache, pools, heads_first=heads_first)
 
@@ -158,7 +150,7 @@ def _planned(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 def _trtllm(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     """TensorRT-LLM's functions in FlashInfer: heads come before the page, the scale is needed."""
     cache, queries = _laid_out(spec, call), lengths_of(call)[0]
-    pools, out = _pools(cache, heads_first=True), _buffer(spec, call)
+    pools, out = _pools(cache, heads_first=True), _buffer(call)
     told = {"kv_cache": pools, "block_tables": cache.table.int(), "seq_lens": cache.lengths.int(),
             "workspace_buffer": out.new_zeros(1024, dtype=torch.uint8), "bmm2_scale": 1.0,
             "out": out}  # fmt: skip
@@ -206,7 +198,7 @@ def _extend(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     if not torch.equal(cache.appended, queries):
         raise NotImplementedError(f"{spec.name} takes no fewer keys than queries")
     keys, values = (torch.cat(parts) for parts in cache.handed())
-    pools, out = _pools(cache), _buffer(spec, call)
+    pools, out = _pools(cache), _buffer(call)
     told: dict[str, Any] = {
         "qo_indptr": bounds(queries).int(), "kv_indptr": bounds(cache.kept).int(),
         "kv_indices": cache.indices(cache.kept), "mask_indptr": None, "custom_mask": None,
@@ -227,7 +219,7 @@ def _extend(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 def _decode(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     """`decode_attention_fwd`: one query of each sequence, and room for the parts of its keys."""
     cache, batch = _laid_out(spec, call), len(call.query)
-    pools, out = _pools(cache), _buffer(spec, call)
+    pools, out = _pools(cache), _buffer(call)
     splits, width = 4, call.value.shape[-1]
     told = {"kv_indptr": bounds(cache.lengths).int(), "kv_indices": cache.indices(cache.lengths),
             "attn_logits": out.new_zeros(batch, call.heads, splits, width, dtype=torch.float32),

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.packing import bounds, lengths_of
-from pytest_attnheat.contract.asking import KEYWORDS, dense
-from pytest_attnheat.contract.conventions.reading import Read
-from pytest_attnheat.failure import Failure, Place
+from ...attention.call import Call
+from ...attention.packing import bounds, lengths_of
+from ...failure import Failure, Place
+from ..asking import KEYWORDS, dense
+from .reading import Read
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 # Makes a call of a subject, with the arguments of its features by name, and returns its result:
 # an output in the layout that is declared, or a tuple that begins with it and a log-sum-exp.

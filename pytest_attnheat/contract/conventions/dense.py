@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.callables import is_compiled
-from pytest_attnheat.contract.asking import dense, to_layout
-from pytest_attnheat.contract.conventions import reading
-from pytest_attnheat.contract.conventions.convention import Convention, Lse
+from ...attention.call import Call
+from ...callables import is_compiled
+from ..asking import dense, to_layout
+from . import reading
+from .convention import Convention, Lse
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 
 # What FlashAttention's functions share.

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.levels import NONE
-from pytest_attnheat.contract.asking import dense, to_layout
-from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
+from ...attention.call import Call
+from ...attention.levels import NONE
+from ..asking import dense, to_layout
+from .convention import Arrange, Convention, Lse
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 # A function of arrays, whose gradients are wanted of the first so many; it returns a tuple.
 Function: TypeAlias = Callable[..., Sequence[Any]]

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.drawing import RAGGED
-from pytest_attnheat.attention.packing import bounds, lengths_of, packed
-from pytest_attnheat.contract.asking import dense, to_layout
-from pytest_attnheat.contract.conventions.convention import Convention, Lse
-from pytest_attnheat.contract.conventions.dense import FLASHINFER, float32, inclusive, left_only
-from pytest_attnheat.contract.conventions.packed import flat_mask, unpack
-from pytest_attnheat.failure import Failure
+from ...attention.call import Call
+from ...attention.drawing import RAGGED
+from ...attention.packing import bounds, lengths_of, packed
+from ...failure import Failure
+from ..asking import dense, to_layout
+from .convention import Convention, Lse
+from .dense import FLASHINFER, float32, inclusive, left_only
+from .packed import flat_mask, unpack
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 
 def poisoned(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,34 +8,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.drawing import RAGGED, SAME
-from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
-from pytest_attnheat.contract.conventions import reading
-from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
-from pytest_attnheat.contract.conventions.dense import (
-    ALIKE,
-    FLASH,
-    FLASH_2,
-    FLASH_VALUES,
-    inclusive,
-)
+from ...attention.call import Call
+from ...attention.drawing import RAGGED, SAME
+from ...attention.packing import bounds, lengths_of, packed, unpacked
+from . import reading
+from .convention import Arrange, Convention, Lse
+from .dense import ALIKE, FLASH, FLASH_2, FLASH_VALUES, inclusive
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 # What `packing` needs to be told: keywords of where sequences begin, and of the longest.
 CU = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
-def packing(
-    *, names: tuple[str, ...] = CU, heads_first: bool = True, together: str = ""
-) -> Arrange:
+def packing(*, names: tuple[str, ...] = CU, together: str = "") -> Arrange:
     """Return what packs the sequences of a call, and unpacks what comes back."""
     # `names`: of where sequences of queries and of keys begin, and of how long the longest is; two
-    # of them where queries and keys share one. A log-sum-exp is (heads, tokens), unless heads are
-    # not first. `together`: "qkv" where all three are one tensor (tokens, 3, heads, width), "kv"
-    # where keys and values are.
+    # of them where queries and keys share one. `together`: "qkv" where all three are one tensor
+    # (tokens, 3, heads, width), "kv" where keys and values are.
 
     def arrange(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
         queries, keys = lengths_of(call)
@@ -49,7 +40,7 @@ def packing(
         ]
         told = told[::2] if together == "qkv" else told
         named = dict(zip(names, told, strict=True))
-        return unpack(spec.implementation(*inputs, **named, **arguments), call, heads_first)
+        return unpack(spec.implementation(*inputs, **named, **arguments), call, heads_first=True)
 
     return arrange
 
@@ -95,11 +86,8 @@ def _window_alone(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
 
 
 _PACKED: dict[str, Any] = {
-    "ragged": RAGGED,
-    "besides": {"return_attn_probs": True},
-    "lse": Lse(),
-    "values": FLASH_VALUES,
-}
+    "ragged": RAGGED, "besides": {"return_attn_probs": True}, "lse": Lse(), "values": FLASH_VALUES,
+}  # fmt: skip
 # Without what FlashAttention has besides.
 _BARE = {name: FLASH[name] for name in ("layout", "mask", "causal", "grouped", "fully_masked")}
 

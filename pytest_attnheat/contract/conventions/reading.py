@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.packing import packed, unpacked
-from pytest_attnheat.attention.vocabulary import permits
+from ...attention.packing import packed, unpacked
+from ...attention.vocabulary import permits
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 Arguments: TypeAlias = dict[str, Any]
 Turn: TypeAlias = Callable[[Tensor], Tensor]
