@@ -235,7 +235,9 @@ def random_call(name, number):
         if "fully_masked" in name:
             mask[0, 0, 1] = False
         named["attn_mask"] = mask
-    if number % 2 or ("causal" in name and name != "causal_always"):
+    # Queries that are causal from the top left see no key beyond their own number in any case.
+    causal = number % 2 and name != "keys_as_many_as_queries"
+    if causal or ("causal" in name and name != "causal_always"):
         named["is_causal"] = True
     if name.startswith("scale") or name.endswith("_scaled"):
         named["scale"] = -0.6 if "absolute" in name else 0.7
