@@ -12,7 +12,13 @@ from pytest_attnheat.contract.checks import CHECKS
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from wrong_attention import PLANTED, planted_with
 
-GROUPED = ("groups_tiled", "keys_tiled", "values_tiled", "first_key_head_only", "key_head_miscounted")
+GROUPED = (
+    "groups_tiled",
+    "keys_tiled",
+    "values_tiled",
+    "first_key_head_only",
+    "key_head_miscounted",
+)
 
 
 def planted(name: str) -> AttentionSpec:
