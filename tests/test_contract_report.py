@@ -966,7 +966,7 @@ def test_a_module_in_training_mode_is_to_be_set_to_evaluation():
     assert "it gives another output at each call" in report.failed[0].message
 
 
-def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_printed():
+def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_that_of_a_report_that_failed():
     def wrong_with_many_keys(query, key, value):
         output = sdpa(query, key, value)
         return output * 1.5 if key.shape[-2] > 1000 else output
@@ -974,8 +974,11 @@ def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_printed():
     spec = AttentionSpec(wrong_with_many_keys, dtypes=ONE_DTYPE)
     report = check_attention(spec, checks=[BY_NAME[name] for name in ("plain", "block_lengths")])
     assert failed(report) == ["block_lengths"]
-    assert report.diagnosis.healthy
+    assert report.diagnosis is None
+    assert report.as_dict()["diagnosis"] is None
     assert "is attention as declared" not in str(report)
+    said = diagnose(spec).sentence
+    assert re.search(r" is attention as declared in the \d+ cases that were asked; residual", said)
 
 
 class Masked(torch.nn.Module):

@@ -75,8 +75,11 @@ class Report:
 
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
-        """What the implementation computes instead; None if it passed, or cannot be asked."""
-        return self._inside[0]
+        """What the implementation computes instead; None if no diagnosis tells, or it passed."""
+        # Of a report that failed, a diagnosis whose cases all come out right would say that all is
+        # well: the checks tell what is wrong.
+        found = self._inside[0]
+        return None if found is None or found.healthy else found
 
     @cached_property
     def _inside(self) -> tuple[Diagnosis | None, dict[str, str]]:
@@ -103,8 +106,7 @@ class Report:
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
         lines += [f"hint: {hint}" for hint in self._hints]
-        # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
-        if self.diagnosis is not None and not self.diagnosis.healthy:
+        if self.diagnosis is not None:
             lines += ["", str(self.diagnosis)]
         return lines
 
