@@ -836,6 +836,23 @@ def test_another_layout_is_recognised():
     )
 
 
+def test_under_a_layout_that_is_known_to_be_wrong_nothing_else_is_diagnosed():
+    def turned(query, key, value, attn_mask=None, is_causal=False):
+        turned = (t.transpose(1, 2) for t in (query, key, value))
+        return sdpa(*turned, attn_mask=attn_mask, is_causal=is_causal).transpose(1, 2)
+
+    report = check_attention(AttentionSpec(turned, dtypes=ONE_DTYPE))
+    (said,) = {result.declaration for result in report.failed} - {""}
+    assert (report.diagnosis.sentence, report.diagnosis.defects) == (said, ())
+    text = str(report)
+    assert "no known defect" not in text
+    assert len(report.failed) > 10
+    telling = {result.name for result in report.failed if result.declaration}
+    assert text.count("\nassert") + text.count("(float32, cpu)\n") == len(telling)
+    others = [name for name in failed(report) if name not in telling]
+    assert text.endswith(f"\n{', '.join(others)}: failed under a wrong layout, which tells nothing")
+
+
 def test_what_nobody_declared_is_not_called_a_wrong_declaration_of_two_fields_either():
     def aligned_at_the_end(query, key, value, attn_mask=None, is_causal=False):
         scores = query @ key.mT / query.shape[-1] ** 0.5

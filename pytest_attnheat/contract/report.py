@@ -106,7 +106,7 @@ class Report:
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
         lines += [f"hint: {hint}" for hint in self._hints]
-        if self.diagnosis is not None:
+        if self.diagnosis is not None and self.diagnosis.sentence not in lines:
             lines += ["", str(self.diagnosis)]
         return lines
 
@@ -115,7 +115,10 @@ class Report:
         if self.passed:
             notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
             lines += [f"{name}: {note}" for name, note in notes if note]
-        for alike in self._alike():
+        groups = self._alike()
+        if unclear := self._under_a_wrong_layout():
+            groups = [alike for alike in groups if alike[0].name not in unclear]
+        for alike in groups:
             # What can be called again says most.
             first = next((result for result in alike if result.replay), alike[0])
             said = [first.declaration] if first.declaration else []
@@ -123,7 +126,16 @@ class Report:
             said += [first.message, *([f"  inside   {found}"] if found else [])]
             names = ", ".join(result.name for result in alike)
             lines += ["", f"{names} ({first.dtype}, {first.device})", *said]
+        if unclear:
+            lines += ["", f"{', '.join(unclear)}: failed under a wrong layout, which tells nothing"]
         return lines
+
+    def _under_a_wrong_layout(self) -> list[str]:
+        """The checks that failed beside those that know that the layout is a wrong one."""
+        said = None if self.diagnosis is None else self.diagnosis.sentence
+        telling = {result.name for result in self.failed if result.declaration == said}
+        names = dict.fromkeys(result.name for result in self.failed)
+        return [name for name in names if name not in telling] if telling else []
 
     def _left_out(self) -> Iterator[str]:
         """What was not asked, and why checks of a block were skipped, each reason once."""
