@@ -89,6 +89,12 @@ class SequenceModel:
                 "both or neither: what the mask means and the keyword under which it is taken"
             )
             raise ValueError(misuse("mask and mask_argument", got, accepted))
+        for name in ("mask_argument", "positions_argument", "memory_argument"):
+            keyword, module = getattr(self, name), getattr(self.module, "_orig_mod", self.module)
+            if keyword is not None and not _may_take(module, keyword):
+                inner = SequenceModel(module)
+                accepted = f"a parameter of {inner.name}: {_parameters(inner)}"
+                raise ValueError(misuse(name, repr(keyword), accepted))
 
     def __call__(
         self,
@@ -187,6 +193,25 @@ def check_takes_mask(model: SequenceModel) -> None:
             "SequenceModel(module, mask='keep' or 'drop' or 'additive', mask_argument=...), where "
             f"mask_argument is one of its parameters: {_parameters(model)}"
         )
+
+
+def _may_take(module: Callable[..., Any], keyword: str) -> bool:
+    """Whether a module may take a keyword; not only if its signature is known and lacks it."""
+    called: Any = module
+    if isinstance(module, nn.Module):
+        called = module.forward
+        # What stands between the caller and `forward` may take more.
+        if type(module).__call__ is not nn.Module.__call__ or module._forward_pre_hooks:
+            return True
+    taken = parameters_of(module)
+    if taken is None:
+        return True
+    try:  # what decorates it may take more as well
+        outer = inspect.signature(called, follow_wrapped=False).parameters
+    except (TypeError, ValueError):
+        outer = taken
+    both = [*taken.values(), *outer.values()]
+    return any(one.name == keyword or one.kind is one.VAR_KEYWORD for one in both)
 
 
 def _parameters(model: SequenceModel) -> str:
