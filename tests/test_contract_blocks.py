@@ -409,6 +409,16 @@ def test_entries_that_are_off_where_they_are_padded_are_said_to_be_padded():
     )
 
 
+def test_a_failure_under_padding_says_which_lengths_repeat_it():
+    block, ids = Decoder("mask_forgotten"), tokens(3, 7)
+    model = SequenceModel(block, mask="keep", mask_argument="keep", decode=block)
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids, lengths=torch.tensor([7, 5, 6]))
+    assert caught.value.repeat == "chunks=[3, 1, 1, 1, 1], lengths=[7, 5, 6], seed=0"
+    told = message(check_attention(spec_of("mask_forgotten")), "decoding")
+    assert ", lengths=[9, 10], seed=0" in told
+
+
 def test_a_cache_that_is_not_told_of_padding_leaves_unequal_lengths_out_and_says_so():
     block = Decoder("padding_uncounted")
     model = SequenceModel(

@@ -32,7 +32,7 @@ from .sequences import with_causal
 from .subject import Compared, as_described, check_count, check_each, check_relative, settled
 
 _NAME = "assert_decode_matches_prefill"
-# More sizes of chunks than this say nothing to a reader.
+# More sizes of chunks, or lengths, than this say nothing to a reader.
 _MOST_SIZES_TOLD = 16
 
 
@@ -138,6 +138,7 @@ def _compared(
 ) -> Iterator[Compared]:
     """Yield what is decoded by each plan, beside the outputs of the whole sequence."""
     judged = decoder.subject.judged()
+    padded = isinstance(decoder, ModelDecoder) and decoder.subject.real is not None
     for number, plan in enumerate(plans):
         decoded = decoder.decode(plan.steps)
         if decoded.shape != whole.shape:
@@ -145,7 +146,11 @@ def _compared(
             got = f"outputs of shape {tuple(decoded.shape)}"
             raise ValueError(misuse("what is decoded", got, accepted))
         evidence = Evidence(plan, decoded, whole, allowed, number > 0, judged)
-        told = f"chunks={plan.sizes}, seed={seed}"
+        told = f"seed={seed}"
+        if padded and judged is not None and len(judged) <= _MOST_SIZES_TOLD:
+            told = f"lengths={judged.sum(-1).tolist()}, {told}"
+        if len(plan.sizes) <= _MOST_SIZES_TOLD:
+            told = f"chunks={plan.sizes}, {told}"
         yield Compared(
             decoded,
             whole,
@@ -154,7 +159,7 @@ def _compared(
             place=plan.place,
             cause=lambda change, of=evidence: decoder.cause(of, change > allowed),  # type: ignore[misc]
             cause_of_bits=plan.cause_of_bits,
-            repeat=told if len(plan.sizes) <= _MOST_SIZES_TOLD else f"seed={seed}",
+            repeat=told,
             again=lambda plan=plan: decoder.decode(plan.steps),  # type: ignore[misc]
         )
 
