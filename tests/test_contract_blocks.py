@@ -383,8 +383,6 @@ def test_a_later_chunk_that_sees_other_keys_is_told_by_what_was_captured():
     report = check_attention(spec_of("top_left", causal="top_left"))
     cause = "token 1 sees 1 of 2 keys with the cache, and 2 at once: the causal mask of a later"
     assert cause in message(report, "decoding")
-    forgotten = message(check_attention(spec_of("mask_forgotten", causal="top_left")), "decoding")
-    assert "at once: the mask of a later chunk is another one" in forgotten
 
 
 def test_what_the_cache_holds_is_told_before_a_guess_at_the_token_from_which_it_is_wrong():
@@ -407,6 +405,35 @@ def test_entries_that_are_off_where_they_are_padded_are_said_to_be_padded():
     assert caught.value.cause.startswith(
         "batch entry 1 alone, which is padded, is off: in Decoder, the new keys are others"
     )
+
+
+def test_padding_that_a_later_chunk_sees_is_told_of_an_entry_that_has_some():
+    block, ids = Decoder("mask_forgotten"), tokens(3, 7)
+    model = SequenceModel(block, mask="keep", mask_argument="keep", decode=block)
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids, lengths=[7, 5, 3])
+    assert caught.value.cause == (
+        "batch entries 1, 2 alone, which are padded, are off: in Decoder, token 5 of batch entry 1 "
+        "sees 6 of 6 keys with the cache, and 4 at once: padding is not masked in a later chunk"
+    )
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids[:2], lengths=[5, 5])
+    assert "token 3 sees 4 of 4 keys with the cache, and 2 at once: padding" in caught.value.cause
+
+
+@pytest.mark.parametrize(("behind", "words"), [(2, "2 others at once"), (0, "2 at once")])
+def test_a_later_chunk_that_sees_as_many_keys_is_said_to_see_others(behind, words):
+    class Near(Decoder):
+        def seen(self, new, past, mask, documents):
+            distance = torch.arange(past, past + new)[:, None] - torch.arange(past + new)
+            return ((distance == 0) | (distance == (behind if past else 1)))[None, None]
+
+    block = Near()
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(
+            SequenceModel(block, decode=block), tokens(2, 7), chunks=[3, 1, 3]
+        )
+    assert f"{words}: the mask of a later chunk is another one" in caught.value.cause
 
 
 def test_a_failure_under_padding_says_which_lengths_repeat_it():
