@@ -568,6 +568,20 @@ def test_a_cache_that_cannot_be_reordered_is_not_asked_to():
     assert_decode_matches_prefill(SequenceModel(model, decode=model, reorder=refuses), ids)
 
 
+def test_what_reorder_cannot_be_asked_of_is_refused():
+    model, one = Windowed(), torch.arange(8).reshape(1, 8)
+    right = SequenceModel(model, decode=model, reorder=Windowed.reordered)
+    with pytest.raises(ValueError, match="got one sequence with reorder=; accepted is two or more"):
+        assert_decode_matches_prefill(right, one)
+    assert_decode_matches_prefill(right, one, chunks=[4, 4])  # which reorders nothing
+    assert_decode_matches_prefill(of_transformers("gpt2", "sdpa"), tokens(1, 8))  # nor is it said
+    with pytest.raises(ValueError, match="reorder: got a function without decode="):
+        SequenceModel(model, reorder=Windowed.reordered)
+    forgetful = SequenceModel(model, decode=model, reorder=lambda cache, order: None)
+    with pytest.raises(TypeError, match=r"reorder: got None back; accepted is a function of"):
+        assert_decode_matches_prefill(forgetful, one.repeat(2, 1))
+
+
 def test_the_message_names_the_chunking_the_first_token_and_how_to_repeat():
     lines = message(Decoder("top left").subject(), tokens(2, 9), seed=3).splitlines()
     assert lines[0] == (

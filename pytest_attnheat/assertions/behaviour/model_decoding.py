@@ -13,7 +13,7 @@ from ...attention.vocabulary import Alignment
 from ...inputs import misuse
 from .inside import Inside
 from .models import ModelSubject, Subject
-from .sequences import CachedDecoding, decoded, refuse_unused_cache
+from .sequences import CachedDecoding, decoded, refuse_unused_cache, reordered
 from .subject import begin, differ, holds, output_place
 
 # How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
@@ -188,7 +188,7 @@ class ModelDecoder(Decoder):
         assert reorder is not None
         _, cache = self.step(range(first), None)
         try:
-            cache = reorder(cache, order)
+            cache = reordered(reorder, cache, order)
         except NotImplementedError:
             return None
         outputs: list[Tensor] = []
