@@ -539,6 +539,11 @@ def test_keys_that_a_short_cache_lost_or_never_had_are_told_by_the_keys(mistake,
             lambda cache, order: cache,
             "all are off: is the whole cache reordered, keys and values",
         ),
+        (
+            2,
+            lambda cache, order: Windowed.reordered(cache, order.argsort()),
+            "entries that keep their place",
+        ),
         (4, lambda cache, order: cache, "entries that keep their place alone are right: is the"),
         (4, lambda cache, order: (cache[0][order], *cache[1:]), "entries that keep their place"),
         (
@@ -566,6 +571,20 @@ def test_a_cache_that_cannot_be_reordered_is_not_asked_to():
 
     model, ids = Windowed(), torch.arange(16).reshape(2, 8)
     assert_decode_matches_prefill(SequenceModel(model, decode=model, reorder=refuses), ids)
+
+
+def test_what_reorder_cannot_be_asked_of_is_refused():
+    model, one = Windowed(), torch.arange(8).reshape(1, 8)
+    right = SequenceModel(model, decode=model, reorder=Windowed.reordered)
+    with pytest.raises(ValueError, match="got one sequence with reorder=; accepted is two or more"):
+        assert_decode_matches_prefill(right, one)
+    assert_decode_matches_prefill(right, one, chunks=[4, 4])  # which reorders nothing
+    assert_decode_matches_prefill(of_transformers("gpt2", "sdpa"), tokens(1, 8))  # nor is it said
+    with pytest.raises(ValueError, match="reorder: got a function without decode="):
+        SequenceModel(model, reorder=Windowed.reordered)
+    forgetful = SequenceModel(model, decode=model, reorder=lambda cache, order: None)
+    with pytest.raises(TypeError, match=r"reorder: got None back; accepted is a function of"):
+        assert_decode_matches_prefill(forgetful, one.repeat(2, 1))
 
 
 def test_the_message_names_the_chunking_the_first_token_and_how_to_repeat():

@@ -847,3 +847,21 @@ def test_answers_of_an_earlier_call_are_not_called_a_mask():
     assert (
         "cause    no output around it changes either: is an earlier answer given again?" in message
     )
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_weight_that_is_rounded_to_zero_is_not_a_key_that_is_not_seen(heads):
+    class Sharp(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.proj = nn.Linear(16, 48)
+
+        def forward(self, x):
+            parts = self.proj(50 * x).chunk(3, -1)
+            query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in parts)
+            return sdpa(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        assert_no_leakage(Sharp(seed), torch.randn(2, 9, 16, generator=generator), causal=True)

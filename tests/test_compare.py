@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from pytest_attnheat import read_heatmaps, show_heatmaps
 from pytest_attnheat.baselines import judging
-from pytest_attnheat.baselines.compare import compare_data
+from pytest_attnheat.baselines.compare import compare_data, panel_name
 from pytest_attnheat.heatmaps import record
 
 GRIDS = [(1, 1, 10, 10), (2, 3, 12, 12), (1, 1, 256, 256)]
@@ -299,6 +299,22 @@ def test_the_worst_cell_is_named_with_both_values():
     before, after = (f"{float(w[1, 2, 4, 5]):.6g}" for w in (weights, broken))
     assert f"panel [1, 2], query 4, key 5: expected {before}, got {after}" in found.details[0]
     assert "[0, 0], [1, 2] of 2 x 3" in found.details[1]
+
+
+def test_a_panel_is_named_by_the_titles_beside_it_and_so_are_its_excerpts(tmp_path):
+    before = [softmax(1, 4, 6, 6, seed=layer) for layer in range(2)]
+    after = [layer.clone() for layer in before]
+    after[1][0, 3, 2, 5] += 0.25
+    found = verdict(tmp_path, *(show_heatmaps(w, "Keys", "Queries") for w in (before, after)))
+    name = "panel [1, 3] (Layer 1, Head 3)"
+    assert found.details[0].startswith(f"worst           {name}, query 2, key 5: expected ")
+    heads = [line for line in found.details if line.endswith(" keys 0..5")]
+    assert heads == [f"expected, {name}    keys 0..5", f"actual, {name}    keys 0..5"]
+    read = read_heatmaps(found.artifacts["expected"])
+    for none in (None, "sha256 0f", []):  # a file with much text keeps no more than a checksum
+        labels = {"titles": none, "row_titles": ["", "second\nrow"]}
+        assert panel_name(replace(read, labels=labels), 0, 3) == "panel [0, 3]"
+        assert panel_name(replace(read, labels=labels), 1, 3) == "panel [1, 3] (second row)"
 
 
 def test_weights_behind_a_mask_that_changed_have_no_relation():

@@ -402,8 +402,6 @@ def test_a_later_chunk_that_sees_other_keys_is_told_by_what_was_captured():
     report = check_attention(spec_of("top_left", causal="top_left"))
     cause = "token 1 sees 1 of 2 keys with the cache, and 2 at once: the causal mask of a later"
     assert cause in message(report, "decoding")
-    forgotten = message(check_attention(spec_of("mask_forgotten", causal="top_left")), "decoding")
-    assert "at once: the mask of a later chunk is another one" in forgotten
 
 
 def test_what_the_cache_holds_is_told_before_a_guess_at_the_token_from_which_it_is_wrong():
@@ -426,6 +424,45 @@ def test_entries_that_are_off_where_they_are_padded_are_said_to_be_padded():
     assert caught.value.cause.startswith(
         "batch entry 1 alone, which is padded, is off: in Decoder, the new keys are others"
     )
+
+
+def test_padding_that_a_later_chunk_sees_is_told_of_an_entry_that_has_some():
+    block, ids = Decoder("mask_forgotten"), tokens(3, 7)
+    model = SequenceModel(block, mask="keep", mask_argument="keep", decode=block)
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids, lengths=[7, 5, 3])
+    assert caught.value.cause == (
+        "batch entries 1, 2 alone, which are padded, are off: in Decoder, token 5 of batch entry 1 "
+        "sees 6 of 6 keys with the cache, and 4 at once: padding is not masked in a later chunk"
+    )
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids[:2], lengths=[5, 5])
+    assert "token 3 sees 4 of 4 keys with the cache, and 2 at once: padding" in caught.value.cause
+
+
+@pytest.mark.parametrize(("behind", "words"), [(2, "2 others at once"), (0, "2 at once")])
+def test_a_later_chunk_that_sees_as_many_keys_is_said_to_see_others(behind, words):
+    class Near(Decoder):
+        def seen(self, new, past, mask, documents):
+            distance = torch.arange(past, past + new)[:, None] - torch.arange(past + new)
+            return ((distance == 0) | (distance == (behind if past else 1)))[None, None]
+
+    block = Near()
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(
+            SequenceModel(block, decode=block), tokens(2, 7), chunks=[3, 1, 3]
+        )
+    assert f"{words}: the mask of a later chunk is another one" in caught.value.cause
+
+
+def test_a_failure_under_padding_says_which_lengths_repeat_it():
+    block, ids = Decoder("mask_forgotten"), tokens(3, 7)
+    model = SequenceModel(block, mask="keep", mask_argument="keep", decode=block)
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids, lengths=torch.tensor([7, 5, 6]))
+    assert caught.value.repeat == "chunks=[3, 1, 1, 1, 1], lengths=[7, 5, 6], seed=0"
+    told = message(check_attention(spec_of("mask_forgotten")), "decoding")
+    assert ", lengths=[9, 10], seed=0" in told
 
 
 def test_a_cache_that_is_not_told_of_padding_leaves_unequal_lengths_out_and_says_so():
@@ -631,6 +668,13 @@ def test_positions_that_go_on_over_packed_documents_are_noted_as_they_may_be_mea
     assert note in str(report)
     ends = {"packed": packed, "ends": torch.tensor([4, 11])}
     right = Packing()
+    places = randn(len(PACKED), WIDTH)
+    whole = SequenceModel(
+        lambda hidden, packed: right(hidden + places, packed), arguments={"packed": packed}
+    )
+    report = check_attention(AttentionSpec(whole, inputs=inputs, documents=packed))
+    assert report.passed
+    assert "batch: no document was asked alone: it raised RuntimeError: The size of" in str(report)
     model = SequenceModel(lambda hidden, packed, ends: right(hidden, packed), arguments=ends)
     report = check_attention(AttentionSpec(model, inputs=inputs, documents=packed))
     assert report.passed
@@ -647,6 +691,44 @@ def test_a_block_that_forgets_its_mask_where_gradients_are_computed_is_found():
     report = check_attention(AttentionSpec(Saving(), inputs=randn(2, 6, WIDTH), causal="top_left"))
     assert failed(report) == {"repeats", "no_leakage"}  # whose gradients see the future
     assert "outputs are others where gradients are computed" in message(report, "repeats")
+
+
+def test_what_is_not_a_number_with_gradients_and_without_is_no_difference():
+    class Empty(nn.Module):
+        def forward(self, hidden, keep=None):
+            return hidden * torch.tensor([math.nan] + [1.0] * (hidden.shape[1] - 1))[:, None]
+
+    report = check_attention(AttentionSpec(Empty().eval(), inputs=randn(2, 6, WIDTH), causal=None))
+    assert "repeats" not in failed(report)
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError, KeyError])
+def test_a_block_without_a_backward_may_say_so_in_any_way(error):
+    class Inference(Near):
+        def forward(self, hidden, keep=None):
+            if torch.is_grad_enabled() and hidden.requires_grad:
+                raise error("for inference alone")
+            return super().forward(hidden, keep)
+
+    spec = AttentionSpec(Inference(9, 0), inputs=randn(2, 6, WIDTH), causal="top_left")
+    assert failed(check_attention(spec)) == set()
+
+
+def test_what_answers_at_random_leaves_the_random_state_and_its_buffers_as_they_were():
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, hidden):
+            self.calls += 1
+            return functional.dropout(hidden, 0.5, training=True)
+
+    model, before = Random().eval(), torch.get_rng_state()
+    report = check_attention(AttentionSpec(model, inputs=randn(2, 6, WIDTH), causal=None))
+    assert "it gives another output at each call" in str(report)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.calls == 0
 
 
 def test_a_padding_mask_that_is_lost_where_gradients_are_computed_is_found():

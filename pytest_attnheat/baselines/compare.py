@@ -127,7 +127,7 @@ def _compare_sketches(
         *([] if relation is None else [f"relation        {relation}"]),
         f"panels          {_listed(panels)} of {expected.shape[0]} x {expected.shape[1]}",
     ]
-    reason = f"weights differ within pooled cells, most in panel {list(place)}"
+    reason = f"weights differ within pooled cells, most in {panel_name(expected, *place)}"
     cell = query // expected.block[0], key // expected.block[1]
     return DataDifference(reason, details, (*place, *cell))
 
@@ -257,7 +257,7 @@ def _compare_cells(
     reason = f"{int(broken.sum())} of {broken.size} cells differ"
     panels = [(int(r), int(c)) for r, c in np.argwhere(broken.any(axis=(2, 3)))]
     details = [
-        f"worst           panel [{row}, {column}], query {query}, key {key}: expected "
+        f"worst           {panel_name(expected, row, column)}, query {query}, key {key}: expected "
         f"{_cell(expected, index, off[index])}, got {_cell(actual, index, off[index])} "
         f"(allowed difference {allowed[index]:.1e})",
         f"panels          {_listed(panels)} of {expected.values.shape[0]} x "
@@ -287,6 +287,17 @@ def _distance(expected: Heatmaps, actual: Heatmaps) -> npt.NDArray[np.float64]:
 def _cell(data: Heatmaps, index: tuple[int, int, int, int], off: float) -> str:
     value = number_text(float(data.values[index]), beside=float(off))
     return f"{value} (masked)" if data.masked[index] else value
+
+
+def panel_name(data: Heatmaps, row: int, column: int) -> str:
+    """Name a panel by its place, and by the titles that are written beside it."""
+    written: list[str] = []
+    for name, number in (("row_titles", row), ("titles", column)):
+        titles = data.labels.get(name)  # of a picture with much text, no more than a checksum
+        if isinstance(titles, list) and number < len(titles):
+            written.append(" ".join(str(titles[number]).split()))
+    said = ", ".join(title for title in written if title)
+    return f"panel [{row}, {column}]" + (f" ({said})" if said else "")
 
 
 def _listed(panels: list[tuple[int, int]]) -> str:

@@ -36,7 +36,7 @@ from ..heatmaps.layout import Layout
 from ..heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
 from ..heatmaps.record import Heatmaps, find_record, read_heatmaps
 from ..heatmaps.showing import triptych
-from .compare import compare_data, tolerance_for
+from .compare import compare_data, panel_name, tolerance_for
 
 Status = Literal["equal", "text", "pooled", "missing", "unreadable", "data", "panels", "pixels"]
 Outcome = Literal["equal", "text", "size", "panels", "rest"]
@@ -233,10 +233,12 @@ def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query:
     rows = slice(first, first + _ROWS_SHOWN)
     lines = []
     low, high = (float(end) for end in expected.limits[row, column])
+    several = expected.values.shape[:2] != (1, 1)
+    panel = f", {panel_name(expected, row, column)}" if several else ""
     for name, data in (("expected", expected), ("actual", actual)):
         text = format_heatmap(
             data.values[row, column, rows], mask=~data.masked[row, column, rows], first_row=first,
-            marked=[query], vmin=low, vmax=high if high > low else low + 1, title=name,
+            marked=[query], vmin=low, vmax=high if high > low else low + 1, title=name + panel,
         )  # fmt: skip
         lines += text.splitlines()
     return lines

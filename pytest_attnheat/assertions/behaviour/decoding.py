@@ -28,11 +28,11 @@ from .model_decoding import (
     tokens_off,
 )
 from .reading import as_function, as_sequence, refuse_memory
-from .sequences import with_causal
+from .sequences import declares_order, with_causal
 from .subject import Compared, as_described, check_count, check_each, check_relative, settled
 
 _NAME = "assert_decode_matches_prefill"
-# More sizes of chunks than this say nothing to a reader.
+# More sizes of chunks, or lengths, than this say nothing to a reader.
 _MOST_SIZES_TOLD = 16
 
 
@@ -56,10 +56,11 @@ def assert_decode_matches_prefill(
 
     A model with a cache of keys and values (the models of transformers, or a `SequenceModel` with
     `decode`) decodes with it; where that can be put in another order (`reorder`, as the caches of
-    transformers), so is the batch half-way, as in beam search. Any other model, also BERT, is given
-    longer and longer prefixes, and its last outputs are compared; but one whose `forward` takes a
-    cache is refused without `decode`, as its cache would not be tested. All sequences are taken to
-    be of full length, but for a model that is given `lengths`.
+    transformers), so is the batch half-way, as in beam search, unless `chunks`, `lengths` or
+    `exact` is given. Any other model, also BERT, is given longer and longer prefixes, and its last
+    outputs are compared; but one whose `forward` takes a cache is refused without `decode`, as its
+    cache would not be tested. All sequences are taken to be of full length, but for a model that is
+    given `lengths`.
 
     An attention function is called once with all queries, and then with some queries and all
     keys up to the last of them: with the rows of the mask that belong to them, or without any
@@ -94,11 +95,11 @@ def assert_decode_matches_prefill(
     Raises:
         Failure: Some output differs. The message names the worst and the first, and
             says why if the numbers show it.
-        TypeError: Not one or three inputs, no tensors of numbers, or `decode` does not return an
-            output and a cache.
+        TypeError: Not one or three inputs, no tensors of numbers, `decode` does not return an
+            output and a cache, or `reorder` returns None.
         ValueError: There are fewer than two tokens, the chunks do not add up to the length, a
-            mask shows a query later keys, the subject answers at random, or it takes a cache
-            and nothing says how to decode with it.
+            mask shows a query later keys, one sequence comes with `reorder`, the subject answers
+            at random, or it takes a cache and nothing says how to decode with it.
 
     Examples:
         >>> assert_decode_matches_prefill(F.scaled_dot_product_attention, query, key, value)
@@ -120,6 +121,10 @@ def assert_decode_matches_prefill(
                 refuse_memory(model, lengths)
                 model = model.padded_as(lengths, "left")
             decoder = model_decoder(model, alignment)
+            asks_order = chunks is None and not exact and lengths is None
+            if asks_order and model.batch < 2 and declares_order(model.model):
+                accepted = "two or more, whose order can change, or a model without reorder="
+                raise ValueError(misuse("inputs", "one sequence with reorder=", accepted))
         plans = list(_plans(decoder, chunks))
         with torch.no_grad():
             run = decoder.subject.run
@@ -128,7 +133,7 @@ def assert_decode_matches_prefill(
             is_model = isinstance(decoder, ModelDecoder) and whole.dtype == torch.float64
             allowed = check_relative(tolerance, torch.float32 if is_model else whole.dtype)
             compared = [_compared(decoder, plans, whole, allowed, seed)]
-            if isinstance(decoder, ModelDecoder) and chunks is None and not exact:
+            if isinstance(decoder, ModelDecoder) and asks_order:
                 compared.append(_in_another_order(decoder, whole, allowed, seed))
             check_each(_NAME, chain(*compared), allowed=allowed, exact=exact)
 
@@ -138,6 +143,7 @@ def _compared(
 ) -> Iterator[Compared]:
     """Yield what is decoded by each plan, beside the outputs of the whole sequence."""
     judged = decoder.subject.judged()
+    padded = isinstance(decoder, ModelDecoder) and decoder.subject.real is not None
     for number, plan in enumerate(plans):
         decoded = decoder.decode(plan.steps)
         if decoded.shape != whole.shape:
@@ -145,7 +151,11 @@ def _compared(
             got = f"outputs of shape {tuple(decoded.shape)}"
             raise ValueError(misuse("what is decoded", got, accepted))
         evidence = Evidence(plan, decoded, whole, allowed, number > 0, judged)
-        told = f"chunks={plan.sizes}, seed={seed}"
+        told = f"seed={seed}"
+        if padded and judged is not None and len(judged) <= _MOST_SIZES_TOLD:
+            told = f"lengths={judged.sum(-1).tolist()}, {told}"
+        if len(plan.sizes) <= _MOST_SIZES_TOLD:
+            told = f"chunks={plan.sizes}, {told}"
         yield Compared(
             decoded,
             whole,
@@ -154,7 +164,7 @@ def _compared(
             place=plan.place,
             cause=lambda change, of=evidence: decoder.cause(of, change > allowed),  # type: ignore[misc]
             cause_of_bits=plan.cause_of_bits,
-            repeat=told if len(plan.sizes) <= _MOST_SIZES_TOLD else f"seed={seed}",
+            repeat=told,
             again=lambda plan=plan: decoder.decode(plan.steps),  # type: ignore[misc]
         )
 
@@ -165,8 +175,6 @@ def _in_another_order(
     """Yield what is decoded after the batch was reordered, where that is said to be possible."""
     subject, first = decoder.subject, decoder.subject.length // 2
     if subject.model.reorder is None or not decoder.has_cache or subject.batch < 2:
-        return
-    if subject.real is not None or first < 1:
         return
     # One entry keeps its place, one comes twice, one goes. Of two entries both change places, and
     # then one takes both: which order a cache is put in shows where it is not its own inverse.

@@ -63,6 +63,7 @@ class Inside:
             self.records = []
         square = (subject.batch, subject.length, subject.length)
         self._size = subject.batch, subject.length
+        self._real = subject.real
         own = subject.model.memory_argument is None
         self._squares = [r for r in self.records if own and (r.shape[0], *r.shape[2:]) == square]
 
@@ -246,7 +247,7 @@ class Inside:
                 continue
             if own.shape[3] == step.stop:
                 said = (
-                    _why_masks_differ(own, whole, step)
+                    _why_masks_differ(own, whole, step, self._real)
                     or _why_operands_differ(own, whole, step)
                     or _why_scores_differ(own, whole, step)
                 )
@@ -280,18 +281,31 @@ def _why_it_gets_some(record: AttentionRecord, weights: Tensor, padding: Tensor)
     return ""
 
 
-def _why_masks_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
+def _why_masks_differ(
+    own: AttentionRecord, whole: AttentionRecord, step: range, real: Tensor | None
+) -> str | None:
+    """What the first token, of the first entry, that sees other keys sees; `real` as given."""
     sees, saw = _seen(own), _seen(whole)[:, :, step.start : step.stop, : step.stop]
-    off = (sees != saw).any(-1).any(1).any(0).nonzero().flatten().tolist()
-    if not off:
+    off = (sees != saw).any(-1).any(1)
+    if not bool(off.any()):
         return None
-    counts = [int(one[:, :, off[0]].sum(-1).max()) for one in (sees, saw)]
+    row = int(off.any(0).nonzero()[0])
+    entry = int(off[:, row].nonzero()[0])
+    by_entry = torch.stack([one[:, :, row].sum(-1).amax(1) for one in (sees, saw)], -1)
+    counts = by_entry[entry].tolist()
+    of = "" if bool((by_entry == by_entry[entry]).all()) else f" of batch entry {entry}"
     top = causal_mask(*own.shape[2:], alignment="top_left", device=sees.device)
-    corner = torch.equal(sees, top.expand_as(sees))
-    why = "aligned to the top left, not to the bottom right" if corner else "another one"
+    why = "the mask of a later chunk is another one"
+    if torch.equal(sees, top.expand_as(sees)):
+        corner = "aligned to the top left, not to the bottom right"
+        why = f"the causal mask of a later chunk is {corner}"
+    elif real is not None:
+        tokens = real[:, None, None, : step.stop].to(sees.device)
+        if torch.equal(sees & tokens, saw):
+            why = "padding is not masked in a later chunk"
     return (
-        f"token {step[off[0]]} sees {counts[0]} of {step.stop} keys with the cache, and "
-        f"{counts[1]} at once: the {'causal ' * corner}mask of a later chunk is {why}"
+        f"token {step[row]}{of} sees {counts[0]} of {step.stop} keys with the cache, and "
+        f"{counts[1]} {'others ' * (counts[0] == counts[1])}at once: {why}"
     )
 
 

@@ -356,8 +356,10 @@ class Search:
             elements = torch.zeros_like(replaced.elements)
             elements[tuple(some.T)] = True
             towards = torch.full_like(self.judged[..., 0], observer[-1], dtype=torch.long)
-            like = Replacement(elements, content="larger", like=strongest)
-            if self.change_at(like, observer) == 0 and self._stays(observer, elements, towards):
+            likes = [Replacement(elements, content=size, like=strongest)
+                     for size in ("larger", "same")]  # fmt: skip
+            still = all(self.change_at(like, observer) == 0 for like in likes)
+            if still and self._stays(observer, elements, towards):
                 return Replacement(elements)
             if len(some) > 1:
                 suspects += [some[: len(some) // 2], some[len(some) // 2 :]]

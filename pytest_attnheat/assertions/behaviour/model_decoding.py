@@ -13,7 +13,7 @@ from ...attention.vocabulary import Alignment
 from ...inputs import misuse
 from .inside import Inside
 from .models import ModelSubject, Subject
-from .sequences import CachedDecoding, decoded, refuse_unused_cache
+from .sequences import CachedDecoding, decoded, refuse_unused_cache, reordered
 from .subject import begin, differ, holds, output_place
 
 # How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
@@ -188,7 +188,7 @@ class ModelDecoder(Decoder):
         assert reorder is not None
         _, cache = self.step(range(first), None)
         try:
-            cache = reorder(cache, order)
+            cache = reordered(reorder, cache, order)
         except NotImplementedError:
             return None
         outputs: list[Tensor] = []
@@ -244,19 +244,17 @@ class ModelDecoder(Decoder):
         """Say which entries or tokens are off, where others are right, and a guess at why."""
         off = broken.any(-1).flatten()
         if not bool(off.all()):
-            if len(off) > 2 and not off[0] and bool(off[1:].all()):
-                return "batch entry 0 is right, all others are not", "is its cache used for all?"
-            named = ", ".join(map(str, off.nonzero().flatten().tolist()))
-            real = self.subject.real
+            some = off.nonzero().flatten().tolist()
+            named = f"batch {'entries' if len(some) > 1 else 'entry'} {', '.join(map(str, some))}"
+            are, real = "are" if len(some) > 1 else "is", self.subject.real
             if real is not None and torch.equal(off, ~real.all(-1).to(off.device)):
                 return (
-                    f"batch entry {named} alone, which is padded, is off",
+                    f"{named} alone, which {are} padded, {are} off",
                     "do the positions and the mask of a later chunk count its padding?",
                 )
-            return (
-                f"batch entry {named} alone is off",
-                "look at how the cache is indexed by the batch",
-            )
+            if len(off) > 2 and not off[0] and bool(off[1:].all()):
+                return "batch entry 0 is right, all others are not", "is its cache used for all?"
+            return f"{named} alone {are} off", "look at how the cache is indexed by the batch"
         tokens = tokens_off(broken)
         first = tokens[0]
         if first > plan.sizes[0] and len(tokens) > 1 and tokens[-1] - first < len(tokens):

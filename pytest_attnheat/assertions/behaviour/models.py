@@ -19,6 +19,7 @@ from .functions import AttentionFunction, permitted
 from .sequences import SequenceModel, check_takes_mask
 from .subject import begin, differ, holds, output_place
 from .visibility import (
+    LARGER,
     Claim,
     Embedded,
     Padding,
@@ -273,6 +274,9 @@ class ModelSubject:
         seed += 0 if replaced.like is None else 1 + replaced.like
         if not self.is_tokens:
             other = noise(given, "inputs", content, seed=seed)
+            if replaced.like is not None:  # what gets attention gets all of it, larger or nearer 0
+                part = LARGER if content == "larger" else 1 / LARGER
+                other = given[:, replaced.like : replaced.like + 1] * part
             return self.run(torch.where(chosen.unsqueeze(-1), other, given))
         if content == "nan":
             with Embedded(given, lambda rows: rows.masked_fill(chosen.unsqueeze(-1), math.nan)):

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +22,7 @@ Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")
 _DECODES = "a function that returns (output, cache)"
+_REORDERS = "a function of (cache, order) that returns the cache in that order"
 _MEANINGS = (*MASK_MEANINGS, "lengths")
 
 
@@ -48,7 +50,8 @@ class SequenceModel:
             the output for a further chunk of the sequence and the new cache; the cache of the
             first chunk is None. Further arguments of the module are passed on to it by keyword.
         reorder: With `decode`: `reorder(cache, order)` returns a cache whose entry i of the batch
-            is entry `order[i]` of the given one, (batch,), as beam search needs it.
+            is entry `order[i]` of the given one, (batch,), as beam search needs it. Asked of two
+            or more sequences of full length.
         arguments: Further keyword arguments of every call. Where samples are chosen, a tensor
             whose first dimension is the batch is cut along with them.
         memory_argument: The keyword of a memory (batch, other length, width) in which the module
@@ -95,6 +98,9 @@ class SequenceModel:
                 inner = SequenceModel(module)
                 accepted = f"a parameter of {inner.name}: {_parameters(inner)}"
                 raise ValueError(misuse(name, repr(keyword), accepted))
+        if self.reorder is not None and self.decode is None:
+            accepted = f"decode=, {_DECODES}, beside it: without one there is no cache to reorder"
+            raise ValueError(misuse("reorder", "a function without decode=", accepted))
 
     def __call__(
         self,
@@ -206,11 +212,9 @@ def _may_take(module: Callable[..., Any], keyword: str) -> bool:
     taken = parameters_of(module)
     if taken is None:
         return True
-    try:  # what decorates it may take more as well
-        outer = inspect.signature(called, follow_wrapped=False).parameters
-    except (TypeError, ValueError):
-        outer = taken
-    both = [*taken.values(), *outer.values()]
+    both = list(taken.values())
+    with suppress(TypeError, ValueError):  # what decorates it may take more as well
+        both += inspect.signature(called, follow_wrapped=False).parameters.values()
     return any(one.name == keyword or one.kind is one.VAR_KEYWORD for one in both)
 
 
@@ -325,13 +329,14 @@ def _is_of_transformers(module: object) -> bool:
 def _of_transformers(module: Callable[..., Any]) -> SequenceModel:
     taken = inspect.signature(module.forward).parameters  # type: ignore[attr-defined]
     mask = "attention_mask" if "attention_mask" in taken else None
+    has_cache = any(name in taken for name in _CACHES)
     return SequenceModel(
         module,
         mask=None if mask is None else Tensor.long,
         mask_argument=mask,
         positions_argument="position_ids" if "position_ids" in taken else None,
-        decode=CachedDecoding(module) if any(name in taken for name in _CACHES) else None,
-        reorder=_reordered,
+        decode=CachedDecoding(module) if has_cache else None,
+        reorder=_reordered if has_cache else None,
     )
 
 
@@ -438,4 +443,17 @@ def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: 
         elif isinstance(result, Tensor):
             got = f"a tensor {tuple(result.shape)}"
         raise TypeError(misuse("decode", f"{got} back", _DECODES))
+    return result
+
+
+def declares_order(model: SequenceModel) -> bool:
+    """Whether its user said how its cache is put in another order; for transformers it is known."""
+    return model.reorder is not None and not isinstance(model.decode, CachedDecoding)
+
+
+def reordered(reorder: Callable[[Any, Tensor], Any], cache: Any, order: Tensor) -> Any:
+    """Call `reorder` and return its cache; NotImplementedError if it knows no way."""
+    result = reorder(cache, order)
+    if result is None and cache is not None:
+        raise TypeError(misuse("reorder", "None back", _REORDERS))
     return result
