@@ -412,6 +412,21 @@ def test_models_of_transformers_pass_as_blocks(name, implementation):
     assert statuses(report, "decoding") == {"skipped" if causal is None else "passed"}
 
 
+def test_a_block_without_inputs_is_refused_in_one_line_within_a_sequence_model_too():
+    def recurrent(tokens):
+        return tokens
+
+    wrapped = SequenceModel(causal_encoder(), decode=lambda tokens, cache: (tokens, cache))
+    for block, name in ((causal_encoder(), "CausalEncoder"), (wrapped, "CausalEncoder"),
+                        (SequenceModel(recurrent), "recurrent")):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            check_attention(block)
+        assert str(caught.value) == (
+            f"subject: got {name}, which is not called with query, key and value; accepted is a "
+            "block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
+        )
+
+
 def test_blocks_of_torch_pass():
     for module in (multihead(), multihead(False), encoder_layer(), encoder()):
         report = check_attention(AttentionSpec(module, inputs=randn(2, 9, WIDTH), causal=None))
