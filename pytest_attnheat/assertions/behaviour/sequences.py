@@ -207,10 +207,10 @@ def _may_take(module: Callable[..., Any], keyword: str) -> bool:
     if taken is None:
         return True
     try:  # what decorates it may take more as well
-        outer = inspect.signature(called, follow_wrapped=False).parameters
+        outer = [*inspect.signature(called, follow_wrapped=False).parameters.values()]
     except (TypeError, ValueError):
-        outer = taken
-    both = [*taken.values(), *outer.values()]
+        outer = []
+    both = [*taken.values(), *outer]
     return any(one.name == keyword or one.kind is one.VAR_KEYWORD for one in both)
 
 
