@@ -17,7 +17,7 @@ from torch import Tensor
 from ..assertions.behaviour import sequences
 from ..assertions.behaviour.models import ModelSubject
 from ..attention.devices import fault_of, names_of, resolve
-from ..callables import always_compiled, is_compiled, is_past_compiling
+from ..callables import always_compiled, borrowed, is_compiled, is_past_compiling
 from ..failure import Failure
 from ..inputs import dtype_name, misuse
 from . import asking
@@ -341,7 +341,8 @@ def _place(error: Exception, spec: AttentionSpec) -> str:
 
 def _is_random(examination: Examination) -> bool:
     try:
-        first, second = examination.answer(), examination.answer()
+        with borrowed(examination.spec.subject, seed=examination.seed):
+            first, second = examination.answer(), examination.answer()
     except Exception:  # then that is what is wrong
         return False
     return not torch.equal(first.nan_to_num(), second.nan_to_num())

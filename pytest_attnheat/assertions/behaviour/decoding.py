@@ -168,15 +168,22 @@ def _in_another_order(
         return
     if subject.real is not None or first < 1:
         return
-    # One entry keeps its place, one comes twice, one goes: of two entries both change places.
+    # One entry keeps its place, one comes twice, one goes. Of two entries both change places, and
+    # then one takes both: which order a cache is put in shows where it is not its own inverse.
     order = torch.arange(subject.batch, device=whole.device)
     order[:2], order[2:3] = order[:2].flip(0), 0
-    decoded = decoder.in_another_order(order, first)
-    if decoded is None:
-        return
-    yield Compared(
-        decoded,
-        whole[order, first:],
+    for one in (order, torch.zeros_like(order))[: 2 if subject.batch == 2 else 1]:
+        decoded = decoder.in_another_order(one, first)
+        if decoded is not None:
+            yield _reordered(decoder, decoded, whole[one, first:], one, allowed, seed)
+
+
+def _reordered(
+    decoder: ModelDecoder, decoded: Tensor, whole: Tensor, order: Tensor, allowed: float, seed: int
+) -> Compared:
+    first = decoder.subject.length // 2
+    return Compared(
+        decoded, whole,
         claim="outputs decoded with the cache after the batch was put in another order, as beam "
         "search does, differ from the prefill",
         place=lambda index: (
@@ -184,7 +191,7 @@ def _in_another_order(
         ),
         cause=lambda change: decoder.why_order_fails(change > allowed, order),
         repeat=f"order={order.tolist()} after {first} tokens, seed={seed}",
-    )
+    )  # fmt: skip
 
 
 def _plans(decoder: Decoder, chunks: Sequence[int] | None) -> Iterator[Plan]:
