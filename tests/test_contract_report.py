@@ -1,6 +1,7 @@
 """The examination finds every planted defect, and finds nothing in correct implementations."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -410,6 +411,21 @@ def test_models_of_transformers_pass_as_blocks(name, implementation):
     assert report.passed, str(report)
     assert statuses(report, "padding") == {"passed"}
     assert statuses(report, "decoding") == {"skipped" if causal is None else "passed"}
+
+
+def test_a_block_without_inputs_is_refused_in_one_line_within_a_sequence_model_too():
+    def recurrent(tokens):
+        return tokens
+
+    wrapped = SequenceModel(causal_encoder(), decode=lambda tokens, cache: (tokens, cache))
+    for block, name in ((causal_encoder(), "CausalEncoder"), (wrapped, "CausalEncoder"),
+                        (SequenceModel(recurrent), "recurrent")):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            check_attention(block)
+        assert str(caught.value) == (
+            f"subject: got {name}, which is not called with query, key and value; accepted is a "
+            "block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
+        )
 
 
 def test_blocks_of_torch_pass():
@@ -834,6 +850,26 @@ def test_another_layout_is_recognised():
         "not declared: layout='bhld' is assumed, but the code means 'blhd'; if it is to mean that, "
         "declare it: AttentionSpec(..., layout='blhd')"
     )
+
+
+def test_a_window_that_is_read_as_one_number_is_told_that_it_is_a_pair():
+    def windowed(query, key, value, reach=None):
+        behind = torch.arange(query.shape[-2])[:, None] - torch.arange(key.shape[-2])
+        seen = torch.ones_like(behind) > 0 if reach is None else behind < reach
+        return sdpa(query, key, value, attn_mask=seen)
+
+    window = [BY_NAME["plain"], BY_NAME["window"]]
+    spec = AttentionSpec(windowed, window="reach", causal=None, dtypes=ONE_DTYPE)
+    report = check_attention(spec, checks=window)
+    assert failed(report) == ["window"]
+    assert "'tuple'" in report.failed[0].message
+    assert "; reach was given a pair: how many keys before and after its" in str(report)
+    fixed = functools.partial(windowed, reach=4)
+    spec = AttentionSpec(fixed, window=(3, None), causal=None, dtypes=ONE_DTYPE)
+    assert check_attention(spec, quick=True).passed
+    raising = functools.partial(windowed, reach="4")
+    report = check_attention(dataclasses.replace(spec, subject=raising), checks=window[:1])
+    assert "a pair" not in str(report)
 
 
 def test_under_a_layout_that_is_known_to_be_wrong_nothing_else_is_diagnosed():

@@ -727,8 +727,20 @@ def test_a_target_that_computes_something_else_is_refused():
     found = grade(lambda f: f(*drawn(5, 7)), hotter)
     assert found.refused[0].startswith("what is described does not give its own answer")
     assert found.killed == found.survived == ()
+    assert "layout" not in found.refused[0]
     declared = AttentionSpec(hotter, scale=0.5)
     assert grade(lambda f: f(*drawn(5, 7)), declared, defects=["sigmoid"]).survived
+
+
+def test_a_target_of_another_layout_is_refused_with_the_one_that_it_has():
+    def turned(query, key, value):
+        return plain(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
+
+    (refused,) = grade(lambda f: f(*drawn(5, 5)), turned).refused
+    assert refused.startswith("what is described does not give its own answer")
+    assert "; not declared: layout='bhld' is assumed, but the code means 'blhd'; " in refused
+    declared = AttentionSpec(turned, layout="blhd")
+    assert not grade(lambda f: f(*drawn(5, 5)), declared, defects=["sigmoid"]).refused
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from ..assertions.behaviour.sequences import SequenceModel
 from ..assertions.behaviour.visibility import as_documents
 from ..attention.call import FUNCTIONS, check_function, slopes_of
 from ..attention.cases import DTYPES
@@ -60,13 +61,16 @@ def check_subject(spec: AttentionSpec) -> None:
         if spec.call is None and not (own and own.makes):
             raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
     if spec.inputs is None and _is_block(subject):
-        got = f"{type(subject).__name__}, which is not called with query, key and value"
+        named = subject.name if isinstance(subject, SequenceModel) else type(subject).__name__
+        got = f"{named}, which is not called with query, key and value"
         accepted = "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
         raise ValueError(misuse("subject", got, accepted))
 
 
 def _is_block(subject: object) -> bool:
-    """Whether a subject is a module whose forward takes fewer than three tensors."""
+    """Whether a subject is a module whose forward takes fewer than three tensors, or says so."""
+    if isinstance(subject, SequenceModel):
+        return True
     if not isinstance(subject, nn.Module) or isinstance(subject, nn.MultiheadAttention):
         return False
     taken = inspect.signature(subject.forward).parameters.values()

@@ -87,7 +87,7 @@ def wrong_declaration(check: Check, examination: Examination) -> str:
         )
     for changes in _others(check, spec):
         if _passes(check, examination, changes):
-            return _meaning(spec, changes)
+            return meant_instead(spec, changes)
     return ""
 
 
@@ -102,7 +102,7 @@ def _given(spec: AttentionSpec, names: Collection[str]) -> str:
     return f"wrong declaration: {given} declared"
 
 
-def _meaning(spec: AttentionSpec, changes: Mapping[str, Any]) -> str:
+def meant_instead(spec: AttentionSpec, changes: Mapping[str, Any]) -> str:
     """Say what the code means in place of what is declared, and how to declare that."""
     text = _given(spec, changes)
     text += f", but the code means {' and '.join(map(repr, changes.values()))}"

@@ -28,6 +28,7 @@ from ..attention.outcomes import as_case, digest
 from ..attention.plan import Case, NotApplicable, Outcome, Plan, misread
 from ..attention.scoring import draw
 from .conventions.reading import SetAsideError, UnreadError
+from .declarations import meant_instead
 from .effects import Change, Effect, Known, Slopes
 from .probing import one_thread
 from .reading_calls import Reading, read, signature_of
@@ -39,6 +40,10 @@ _MOST_SCORES = 2**25
 # What is known of calls is kept up to so many numbers, of 8 bytes each.
 _KEPT_NUMBERS = 2**25
 _BASES = (1.0, math.log(2.0), math.log(10.0))
+
+
+class _OtherError(UnreadError):
+    """The answer is not that of what is described."""
 
 
 class Planted:
@@ -78,6 +83,9 @@ class Planted:
                 return self._answer(answer, read(self.spec, given, named))
         except SetAsideError as error:
             self.effect.set_aside[str(error)] += 1
+        except _OtherError as error:
+            why = self._other_layout(answer, given, named)
+            self.effect.refused[f"{error}; {why}" if why else str(error)] = None
         except UnreadError as error:
             self.effect.refused[str(error)] = None
         except Exception as error:  # whatever is not understood is refused, never charged
@@ -93,6 +101,17 @@ class Planted:
     def keep_weights(self) -> None:
         """Keep the weights of which answers are made, for a target that returns none."""
         self._keeps_weights, self.weights = True, None
+
+    def _other_layout(self, answer: Any, given: Sequence[Any], named: Mapping[str, Any]) -> str:
+        """Say that the target has another layout than is described, if that gives its answer."""
+        for layout in ("bhld", "blhd") if self.spec.convention is None else ():
+            try:
+                spec = replace(self.spec, layout=layout)
+                Planted(spec, None, OrderedDict())._answer(answer, read(spec, given, named))
+            except Exception:  # that is not described rightly either
+                continue
+            return meant_instead(self.spec, {"layout": layout})
+        return ""
 
     def _answer(self, answer: Any, reading: Reading) -> Any:
         output = answer[0] if isinstance(answer, tuple | list) and answer else answer
@@ -111,7 +130,7 @@ class Planted:
         if not known.is_reproduced:
             error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
             query, key = reading.call.query, reading.call.key
-            raise UnreadError(
+            raise _OtherError(
                 "what is described does not give its own answer to within rounding: it is off by "
                 f"{float(error):.2g}, in {query.dtype} query {tuple(query.shape)}, key "
                 f"{tuple(key.shape)}"

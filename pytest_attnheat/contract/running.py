@@ -289,7 +289,15 @@ def _failed(result: Result, error: Exception, examination: Examination) -> Resul
         return result.saying("failed", "\n".join([str(error), *_notes(error)]))
     raised = result.saying("failed", _raised(error, examination))
     # What a specification leaves unsaid may be why a call went wrong.
-    hints = hints_of(examination.spec) if isinstance(error, TypeError) else ()
+    spec, hints = examination.spec, list[str]()
+    if isinstance(error, TypeError):
+        hints += hints_of(spec)
+        if isinstance(spec.window, str) and not spec.convention and "window=" in result.replay:
+            hints.append(
+                f"{spec.window} was given a pair: how many keys before and after its position a "
+                "query attends to, -1 for no limit. Of code that takes one number, fix that: "
+                "AttentionSpec(functools.partial(fn, ...), window=(left, right))"
+            )
     said = "; ".join([raised.message, *hints])
     return replace(raised, message="\n".join([said, *_notes(error)]))
 
