@@ -344,6 +344,17 @@ def test_padding_that_is_ignored_is_found():
     assert re.search(
         r"token \d sees token [678], padding \(of its sequence 6 tokens are real\);", message
     )
+    assert "cause    mask changes nothing: it is ignored\n" in message
+
+
+def test_a_mask_that_is_ignored_is_not_called_one_whose_fill_is_too_small():
+    def averaging(x, mask):
+        return encoder_layer()(x) + 1e-3 * x.mean(1, keepdim=True)
+
+    for module in (averaging, lambda x, mask: averaging(x, mask) * (1 + mask[..., None])):
+        heeding = SequenceModel(module, mask="drop", mask_argument="mask")
+        message = message_of(heeding, randn(2, 9, WIDTH), lengths=[9, 6])
+        assert ("it is ignored" in message) == (module is averaging)
 
 
 def test_a_mask_of_the_wrong_meaning_is_found():

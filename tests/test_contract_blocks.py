@@ -24,6 +24,7 @@ from pytest_attnheat import (
 from pytest_attnheat.capture import CaptureWarning
 from pytest_attnheat.contract.checks import BLOCK_CHECKS
 from pytest_attnheat.contract.declarations import hints_of
+from pytest_attnheat.contract.running import diagnosis_of
 from pytest_attnheat.failure import Failure
 
 SDPA = functional.scaled_dot_product_attention
@@ -205,17 +206,35 @@ def test_rotations_that_do_not_act_by_distance_are_told_in_their_own_words():
 
 
 def test_what_is_wrong_outside_is_said_of_the_call_that_failed():
-    text = str(check_attention(spec_of("mask_forgotten")))
+    report = check_attention(spec_of("mask_forgotten"))
+    text = str(report)
     assert "the cache, after padding on the left, differ from the prefill" in text
     inside = "  inside   in the call that failed, attention in Decoder, as it was captured, is what"
     assert inside in text
-    assert "what is wrong happens outside of it: in the mask it was given" in text
+    assert text.count("what is wrong happens outside of it: see the cause") == 1
+    # Where a check knows no cause, all that may be wrong is listed.
+    (result,) = report.failed
+    result.failure.cause = None
+    inside = diagnosis_of(report.spec, result)[1]
+    assert "what is wrong happens outside of it: in the mask it was given, where heads" in inside
+
+
+def test_of_a_cache_that_is_not_reordered_no_more_is_said_than_the_check_itself_says():
+    model = Decoder("")
+    kept = SequenceModel(
+        model, mask="keep", mask_argument="keep", decode=model, reorder=lambda cache, order: cache
+    )
+    report = check_attention(AttentionSpec(kept, inputs=tokens(3, 9)))
+    assert len(report.failed) == 1
+    assert "reordered" in report.failed[0].message
+    assert [one["inside"] for one in report.as_dict()["results"] if one["inside"]] == []
+    assert "captured" not in str(report)
 
 
 def test_what_padded_queries_give_is_not_what_is_wrong():
     report = check_attention(spec_of("rotary_pairs", declared={"additive": True}))
     assert failed(report) == {"padding"}
-    assert report.diagnosis.healthy
+    assert report.diagnosis is None
     assert "what is wrong happens outside of it" in str(report)
 
 

@@ -836,6 +836,23 @@ def test_another_layout_is_recognised():
     )
 
 
+def test_under_a_layout_that_is_known_to_be_wrong_nothing_else_is_diagnosed():
+    def turned(query, key, value, attn_mask=None, is_causal=False):
+        turned = (t.transpose(1, 2) for t in (query, key, value))
+        return sdpa(*turned, attn_mask=attn_mask, is_causal=is_causal).transpose(1, 2)
+
+    report = check_attention(AttentionSpec(turned, dtypes=ONE_DTYPE))
+    (said,) = {result.declaration for result in report.failed} - {""}
+    assert (report.diagnosis.sentence, report.diagnosis.defects) == (said, ())
+    text = str(report)
+    assert "no known defect" not in text
+    assert len(report.failed) > 10
+    telling = {result.name for result in report.failed if result.declaration}
+    assert text.count("\nassert") + text.count("(float32, cpu)\n") == len(telling)
+    others = [name for name in failed(report) if name not in telling]
+    assert text.endswith(f"\n{', '.join(others)}: failed under a wrong layout, which tells nothing")
+
+
 def test_what_nobody_declared_is_not_called_a_wrong_declaration_of_two_fields_either():
     def aligned_at_the_end(query, key, value, attn_mask=None, is_causal=False):
         scores = query @ key.mT / query.shape[-1] ** 0.5
@@ -966,7 +983,7 @@ def test_a_module_in_training_mode_is_to_be_set_to_evaluation():
     assert "it gives another output at each call" in report.failed[0].message
 
 
-def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_printed():
+def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_that_of_a_report_that_failed():
     def wrong_with_many_keys(query, key, value):
         output = sdpa(query, key, value)
         return output * 1.5 if key.shape[-2] > 1000 else output
@@ -974,8 +991,11 @@ def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_printed():
     spec = AttentionSpec(wrong_with_many_keys, dtypes=ONE_DTYPE)
     report = check_attention(spec, checks=[BY_NAME[name] for name in ("plain", "block_lengths")])
     assert failed(report) == ["block_lengths"]
-    assert report.diagnosis.healthy
+    assert report.diagnosis is None
+    assert report.as_dict()["diagnosis"] is None
     assert "is attention as declared" not in str(report)
+    said = diagnose(spec).sentence
+    assert re.search(r" is attention as declared in the \d+ cases that were asked; residual", said)
 
 
 class Masked(torch.nn.Module):

@@ -21,7 +21,6 @@ from pytest_attnheat.attention import chunks
 from pytest_attnheat.contract.asking import UndeclaredError
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.grading import JudgeError, Study
-from pytest_attnheat.contract.remedy import _with_subject
 
 # One of each kind: of the softmax, the scale, the mask, causality, heads, tensors, history.
 SOME = ("softmax_over_queries", "softmax_plus_one", "scale_missing", "mask_inverted",
@@ -458,7 +457,7 @@ def test_calls_of_public_callables_are_read_as_they_are_asked(row):
         call = examination.space.call(chosen, torch.float32)
         for besides in (False, True):
             try:
-                _with_subject(spec, watched).ask(call, besides=besides)
+                spec.of_another(watched).ask(call, besides=besides)
             except UndeclaredError:
                 continue
             asked += 1

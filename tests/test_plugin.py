@@ -470,3 +470,18 @@ def test_the_log_of_a_failed_test_is_without_how_far_long_work_was(pytester):
     logged = result.stdout.str().partition("Captured log call")[2].partition("\n===")[0]
     assert "own words" in logged  # the summary of failures after it shows what `caplog` had
     assert "are read" not in logged
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_any_test_runs(pytester):
+    (pytester.path / "folder").mkdir()
+    (pytester.path / "file").write_text("")
+    pytester.makepyfile("def test_it(): raise RuntimeError('it ran')")
+    for name, said in (
+        ("folder", "a folder"),
+        ("file/out.json", "in *file, which is not a folder"),
+    ):
+        result = pytester.runpytest(f"--attn-json={name}")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(
+            [f"ERROR: --attn-json: got '{name}', {said}; accepted is the *"]
+        )

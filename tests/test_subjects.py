@@ -264,6 +264,33 @@ def test_what_is_no_sequence_or_no_model_is_refused():
     assert as_sequence(causal_encoder(), tokens(1, 3), {}).is_tokens
 
 
+def test_a_keyword_that_a_module_does_not_take_is_refused_when_it_is_declared():
+    class Block(nn.Module):
+        def forward(self, x, hidden_slots=None):
+            return x
+
+    @functools.wraps(Block.forward)
+    def anything(*given, **more):
+        return given[0]
+
+    class Hooked(Block):
+        def __call__(self, x, mask=None):
+            return super().__call__(x, hidden_slots=mask)
+
+    wrong = "argument: got 'mask'; accepted is a parameter of Block: x, hidden_slots"
+    for module in (Block(), torch.compile(Block(), backend="eager")):
+        with pytest.raises(ValueError, match=f"mask_{wrong}"):
+            SequenceModel(module, mask="keep", mask_argument="mask")
+    for name in ("positions", "memory"):
+        with pytest.raises(ValueError, match=f"{name}_{wrong}"):
+            SequenceModel(Block(), **{f"{name}_argument": "mask"})
+    hooked = Block()
+    hooked.register_forward_pre_hook(lambda module, given, more: (given, {}), with_kwargs=True)
+    takers = (lambda x, mask=None: x, lambda x, **more: x, anything, Hooked(), hooked)
+    for module in (*takers, nn.DataParallel(Block())):
+        assert SequenceModel(module, mask="keep", mask_argument="mask").mask == "keep"
+
+
 # --- how far one output is from another
 
 

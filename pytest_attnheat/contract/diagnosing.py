@@ -87,6 +87,7 @@ def diagnose(
     sound: dict[str, float] = {}
     refused: dict[str, str] = {}
     last: Diagnosis | None = None
+    asked = 0
     for name in (name for name in _DTYPES if name in spec.dtypes):
         with (
             one_thread(),
@@ -104,7 +105,7 @@ def diagnose(
         if not last.healthy:
             elsewhere = [f"correct in {', '.join(sound)}"] if sound else []
             return replace(last, notes=(*last.notes, *elsewhere))
-        sound[name] = last.residual
+        sound[name], asked = last.residual, max(asked, len(probes))
     if last is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise ValueError(f"diagnose: {spec.name} answered no case ({reasons})")
@@ -116,7 +117,8 @@ def diagnose(
         dtype=", ".join(sound),
         refused={**last.refused, **refused},
         residual=max(sound.values()),
-        sentence=f"{spec.name} is attention as declared; residual {residuals}",
+        sentence=f"{spec.name} is attention as declared in the {asked} cases that were asked; "
+        f"residual {residuals}",
     )
 
 

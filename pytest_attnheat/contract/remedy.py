@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import torch
 
@@ -130,7 +131,7 @@ class _Asked:
 
     def accepts(self, planted: Planted | None) -> bool:
         """Whether a version passes for right: as `assert_matches_reference` judges, or a replay."""
-        own = self.spec if planted is None else _with_subject(self.spec, planted)
+        own = self.spec if planted is None else self.spec.of_another(planted)
         try:
             with torch.enable_grad():
                 self._judge(own, planted)
@@ -256,23 +257,28 @@ def _exercised(
     return tuple(sorted(found, key=lambda pair: -len(pair[1])))
 
 
-def _with_subject(spec: AttentionSpec, planted: Planted) -> AttentionSpec:
-    """The very same specification of another subject, which has the same signature."""
-    own = object.__new__(AttentionSpec)
-    known = {"parameters": spec.parameters, "convention": spec.convention, "subject": planted}
-    vars(own).update(vars(spec), **known)
-    return own
+def _imported(spec: AttentionSpec) -> tuple[str, str]:
+    """How a target, or its specification, is called that a module has at its top, and its import.
 
-
-def _imported(spec: AttentionSpec) -> list[str]:
-    """The line that imports a target which stands at the top of a module under its own name."""
+    Both are empty where there is none: it was made in a test, say.
+    """
     target = spec.implementation
     module = str(getattr(target, "__module__", ""))
     module = {"torch._C._nn": "torch.nn.functional"}.get(module, module)
+    held = [
+        (own.__name__.rpartition(".")[2].startswith(("test", "conftest")), own.__name__, name)
+        for own in list(sys.modules.values())
+        if isinstance(own, ModuleType) and own.__name__ != "__main__"
+        for name, value in list(vars(own).items())
+        if value is spec
+    ]
+    if held:  # rather where it is made than where tests have it
+        _, own, name = min(held)
+        return name, f"from {own} import {name}"
     found = getattr(sys.modules.get(module), spec.name, None)
     if module == "__main__" or found is not target:
-        return []
-    return ["", f"from {module} import {spec.name}"]
+        return "", ""
+    return "", f"from {module} import {spec.name}"
 
 
 def _code(spec: AttentionSpec, cases: Sequence[str], calls: Sequence[str], dtype: str) -> str:
@@ -280,17 +286,20 @@ def _code(spec: AttentionSpec, cases: Sequence[str], calls: Sequence[str], dtype
     name = spec.name if spec.name.isidentifier() else "my_attention"
     plain = spec.convention is None and spec.typed <= {"subject", "name", "few_shapes"}
     declared = "" if plain or spec.convention is not None else ", ..."
-    subject = name if plain else f"AttentionSpec({name}{declared})"
-    names = ["AttentionSpec"] * (not plain) + ["assert_matches_reference"] * bool(cases)
+    held, line = _imported(spec)
+    subject = held or (name if plain else f"AttentionSpec({name}{declared})")
+    names = ["AttentionSpec"] * (not plain and not held)
+    names += ["assert_matches_reference"] * bool(cases)
     names += ["check_attention"] * bool(calls) + ["hard_case"] * bool(cases)
     head = ["import pytest", "", f"from pytest_attnheat import {', '.join(names)}"]
     tests = []
     if cases:
-        given = "case.query, case.key, case.value, **case.arguments" if plain else "case"
+        bare = plain and not held
+        given = "case.query, case.key, case.value, **case.arguments" if bare else "case"
         listed = "[" + ", ".join(f'"{one}"' for one in cases) + "]"
         call = f"assert_matches_reference({subject}, {given})"
         tests += [_BY_NAME.format(names=listed, dtype=dtype, batch=_BATCH, call=call)]
     if calls:
         listed = "\n".join(f'        "{one}",' for one in calls)
         tests += [_BY_CALL.format(calls=listed, subject=subject)]
-    return "\n".join([*head, *_imported(spec), "", "", "\n\n".join(tests)])
+    return "\n".join([*head, *(["", line] if line else []), "", "", "\n\n".join(tests)])

@@ -75,8 +75,11 @@ class Report:
 
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
-        """What the implementation computes instead; None if it passed, or cannot be asked."""
-        return self._inside[0]
+        """What the implementation computes instead; None if no diagnosis tells, or it passed."""
+        # Of a report that failed, a diagnosis whose cases all come out right would say that all is
+        # well: the checks tell what is wrong.
+        found = self._inside[0]
+        return None if found is None or found.healthy else found
 
     @cached_property
     def _inside(self) -> tuple[Diagnosis | None, dict[str, str]]:
@@ -103,8 +106,7 @@ class Report:
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
         lines += [f"hint: {hint}" for hint in self._hints]
-        # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
-        if self.diagnosis is not None and not self.diagnosis.healthy:
+        if self.diagnosis is not None and self.diagnosis.sentence not in lines:
             lines += ["", str(self.diagnosis)]
         return lines
 
@@ -113,7 +115,10 @@ class Report:
         if self.passed:
             notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
             lines += [f"{name}: {note}" for name, note in notes if note]
-        for alike in self._alike():
+        groups = self._alike()
+        if unclear := self._under_a_wrong_layout():
+            groups = [alike for alike in groups if alike[0].name not in unclear]
+        for alike in groups:
             # What can be called again says most.
             first = next((result for result in alike if result.replay), alike[0])
             said = [first.declaration] if first.declaration else []
@@ -121,7 +126,16 @@ class Report:
             said += [first.message, *([f"  inside   {found}"] if found else [])]
             names = ", ".join(result.name for result in alike)
             lines += ["", f"{names} ({first.dtype}, {first.device})", *said]
+        if unclear:
+            lines += ["", f"{', '.join(unclear)}: failed under a wrong layout, which tells nothing"]
         return lines
+
+    def _under_a_wrong_layout(self) -> list[str]:
+        """The checks that failed beside those that know that the layout is a wrong one."""
+        said = None if self.diagnosis is None else self.diagnosis.sentence
+        telling = {result.name for result in self.failed if result.declaration == said}
+        names = dict.fromkeys(result.name for result in self.failed)
+        return [name for name in names if name not in telling] if telling else []
 
     def _left_out(self) -> Iterator[str]:
         """What was not asked, and why checks of a block were skipped, each reason once."""

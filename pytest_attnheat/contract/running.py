@@ -17,7 +17,7 @@ from torch import Tensor
 from ..assertions.behaviour import sequences
 from ..assertions.behaviour.models import ModelSubject
 from ..attention.devices import fault_of, names_of, resolve
-from ..callables import always_compiled, is_compiled, is_past_compiling
+from ..callables import always_compiled, borrowed, is_compiled, is_past_compiling
 from ..failure import Failure
 from ..inputs import dtype_name, misuse
 from . import asking
@@ -89,14 +89,17 @@ def diagnosis_of(
     # Nothing but that call is made; or known defects are those of other attention.
     if result.name == REPLAY or (spec.reference is not None and not spec.is_block):
         return None, ""
+    # Under a layout that is known to be wrong every number is another one, and none means anything.
+    if "layout=" in result.declaration.partition(", but ")[0]:
+        said = result.declaration
+        return Diagnosis(spec.name, result.dtype, False, residual=math.nan, sentence=said), ""
     try:
         if not spec.is_block:
             return diagnose(replace(spec, devices=[result.device]), seed=seed), ""
         if result.name == "attention_inside":
             return diagnose_records(spec, search=search), ""
-        if again is None:
-            said = result.name == "call" or (failure is not None and failure.broken is None)
-            return None, "" if said else "not captured: it is not one call that failed"
+        if again is None:  # it is not one call that failed, which could be captured
+            return None, ""
         called = getattr(again, "__self__", None)
         if not isinstance(called, ModelSubject) or called.real is not None:
             spec = _anywhere(spec)  # else it was called on its inputs
@@ -104,11 +107,11 @@ def diagnosis_of(
         for declared in dict.fromkeys((spec.fully_masked, "zero", "uniform", "nan")):
             found = diagnose_records(replace(spec, fully_masked=declared), again, search=False)
             if found.healthy:
-                return found, _inside(found, spec)
+                return found, _inside(found, spec, result)
         found = diagnose_records(spec, again, search=search)
     except Exception as error:  # a subject may raise anything; the checks tell what
         return None, f"nothing was judged in the call that failed: {error}" * spec.is_block
-    return found, _inside(found, spec)
+    return found, _inside(found, spec, result)
 
 
 def _anywhere(spec: AttentionSpec) -> AttentionSpec:
@@ -125,14 +128,14 @@ def _anywhere(spec: AttentionSpec) -> AttentionSpec:
 TWO_CODES = "attention inside was captured in the eager code, which is not the compiled code"
 
 
-def _inside(found: Diagnosis, spec: AttentionSpec) -> str:
+def _inside(found: Diagnosis, spec: AttentionSpec, result: Result) -> str:
     """Say of the call that failed whether attention in it is right, and where to look if it is."""
     words = found.sentence if found.healthy else f"in the call that failed: {found.sentence}"
     if found.healthy and not found.refused:
-        words = (
-            f"in the call that failed, {words}: what is wrong happens outside of it: in the mask "
-            "it was given, where heads are split or merged, or before or after attention"
-        )
+        where = "in the mask it was given, where heads are split or merged, or before or after it"
+        if result.failure is not None and result.failure.cause:
+            where = "see the cause"  # it knows more
+        words = f"in the call that failed, {words}: what is wrong happens outside of it: {where}"
     elif found.healthy:
         words = f"in the call that failed, {words}; not judged: {', '.join(found.refused)}"
     return words + (f" ({TWO_CODES})" if is_compiled(spec.subject) else "")
@@ -330,7 +333,8 @@ def _place(error: Exception, spec: AttentionSpec) -> str:
 
 def _is_random(examination: Examination) -> bool:
     try:
-        first, second = examination.answer(), examination.answer()
+        with borrowed(examination.spec.subject, seed=examination.seed):
+            first, second = examination.answer(), examination.answer()
     except Exception:  # then that is what is wrong
         return False
     return not torch.equal(first.nan_to_num(), second.nan_to_num())

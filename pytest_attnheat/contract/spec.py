@@ -398,6 +398,13 @@ class AttentionSpec:
             raise TypeError(f"{self.name} was captured, and cannot be called")
         return self.subject
 
+    def of_another(self, subject: Callable[..., Any]) -> AttentionSpec:
+        """Return the very same specification of another subject, which has the same signature."""
+        own = object.__new__(AttentionSpec)
+        known = {"parameters": self.parameters, "convention": self.convention, "subject": subject}
+        vars(own).update(vars(self), **known)
+        return own
+
     def __call__(
         self,
         query: Tensor,

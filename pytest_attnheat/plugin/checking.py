@@ -126,6 +126,7 @@ class CheckCall:
         claim = declaration or f"not so: {self._check.sentence}"
         # A wrong declaration says where to look itself.
         outside = "" if declaration else self._inside
+        diagnosis = "" if declaration and diagnosis.endswith(declaration) else diagnosis
         text = "\n\n".join(part for part in (diagnosis, outside, self.result.message) if part)
         return FailedCheckError(self._check.name, claim, text, draw)
 

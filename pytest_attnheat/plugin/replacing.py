@@ -91,10 +91,11 @@ class Target:
         """Put the stand-in in its place, in modules and parameters; yield where that is."""
         original, function = self.stand_in.original, self.stand_in.function
         if self.place is None:
+            specs: dict[int, tuple[AttentionSpec, AttentionSpec]] = {}  # Those put in, and whose
             try:
-                yield _exchange(original, function, items)
+                yield _exchange(original, function, items, specs)
             finally:  # in modules that were imported meanwhile as well
-                _exchange(function, original, items)
+                _exchange(function, original, items, specs)
             return
         owner, name = self.place
         before = vars(owner).get(name)
@@ -161,13 +162,26 @@ def _of_class(text: str, owner: type, name: str) -> Target:
 # -- where it is ------------------------------------------------------------------------------
 
 
-def _exchange(old: object, new: object, items: Sequence[pytest.Item]) -> list[str]:
-    """Put one object in the place of another; return where that was."""
+def _exchange(
+    old: object, new: Callable[..., Any], items: Sequence[pytest.Item],
+    specs: dict[int, tuple[AttentionSpec, AttentionSpec]],
+) -> list[str]:  # fmt: skip
+    """Put one object in the place of another, in specifications too; return where that was."""
+    from ..contract.spec import AttentionSpec
+
     where = []
     for label, namespace in _namespaces(items):
         for key, value in list(namespace.items()):
+            found: object = None
             if value is old:
-                namespace[key] = new
+                found = new
+            elif id(value) in specs:
+                found = specs[id(value)][1]
+            elif type(value) is AttentionSpec and value.subject is old:
+                found = value.of_another(new)
+                specs[id(found)] = found, value
+            if found is not None:
+                namespace[key] = found
                 where.append(f"{label}.{key}" if isinstance(key, str) else f"{label}[{key!r}]")
     return where
 
@@ -293,7 +307,7 @@ def outcomes(
     done = False
     last: pytest.Item | None = None
     try:
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        for item, following in zip(items, [*items[1:], None], strict=False):  # of none, none
             last = item
             outcome = _outcome(_reports(session, item, following, seed))
             done = following is None or outcome.status == "failed"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
@@ -195,7 +196,7 @@ def read_settings(config: pytest.Config) -> Settings:
         grade_min=_setting(config, "attn_grade_min", _read_part),
         grade_defects=_setting(config, "attn_grade_defects", _read_names),
         update=_setting(config, "attn_update", _read_update),
-        json=_setting(config, "attn_json", lambda text, source: text),
+        json=_setting(config, "attn_json", partial(_read_file, config)),
     )
 
 
@@ -301,6 +302,15 @@ def _read_seconds(text: str, source: str) -> float:
     if not 0 < seconds < math.inf:
         raise ValueError(misuse(source, repr(text), "a number of seconds above 0"))
     return seconds
+
+
+def _read_file(config: pytest.Config, text: str, source: str) -> str:
+    path = path_of(config, "attn_json", text)
+    above = next((one for one in path.parents if one.exists()), path)
+    if text and (path.is_dir() or not above.is_dir()):
+        what = "a folder" if path.is_dir() else f"in {above}, which is not a folder"
+        raise ValueError(misuse(source, f"{text!r}, {what}", "the name of a file"))
+    return text
 
 
 def chosen_devices(config: pytest.Config, marked: object = None) -> list[str]:

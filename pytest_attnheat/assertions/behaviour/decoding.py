@@ -23,12 +23,13 @@ from .model_decoding import (
     Evidence,
     ModelDecoder,
     Plan,
+    declares_order,
     model_decoder,
     name_tokens,
     tokens_off,
 )
 from .reading import as_function, as_sequence, refuse_memory
-from .sequences import declares_order, with_causal
+from .sequences import with_causal
 from .subject import Compared, as_described, check_count, check_each, check_relative, settled
 
 _NAME = "assert_decode_matches_prefill"
@@ -176,15 +177,22 @@ def _in_another_order(
     subject, first = decoder.subject, decoder.subject.length // 2
     if subject.model.reorder is None or not decoder.has_cache or subject.batch < 2:
         return
-    # One entry keeps its place, one comes twice, one goes: of two entries both change places.
+    # One entry keeps its place, one comes twice, one goes. Of two entries both change places, and
+    # then one takes both: which order a cache is put in shows where it is not its own inverse.
     order = torch.arange(subject.batch, device=whole.device)
     order[:2], order[2:3] = order[:2].flip(0), 0
-    decoded = decoder.in_another_order(order, first)
-    if decoded is None:
-        return
-    yield Compared(
-        decoded,
-        whole[order, first:],
+    for one in (order, torch.zeros_like(order))[: 2 if subject.batch == 2 else 1]:
+        decoded = decoder.in_another_order(one, first)
+        if decoded is not None:
+            yield _reordered(decoder, decoded, whole[one, first:], one, allowed, seed)
+
+
+def _reordered(
+    decoder: ModelDecoder, decoded: Tensor, whole: Tensor, order: Tensor, allowed: float, seed: int
+) -> Compared:
+    first = decoder.subject.length // 2
+    return Compared(
+        decoded, whole,
         claim="outputs decoded with the cache after the batch was put in another order, as beam "
         "search does, differ from the prefill",
         place=lambda index: (
@@ -192,7 +200,7 @@ def _in_another_order(
         ),
         cause=lambda change: decoder.why_order_fails(change > allowed, order),
         repeat=f"order={order.tolist()} after {first} tokens, seed={seed}",
-    )
+    )  # fmt: skip
 
 
 def _plans(decoder: Decoder, chunks: Sequence[int] | None) -> Iterator[Plan]:

@@ -141,7 +141,7 @@ class _Plain:
         """Those of its inputs; none where there is no backward."""
         try:
             return self.gradients_of(self.tensors)
-        except RuntimeError:
+        except Exception:  # what has no backward says so in any way
             return {}
 
     def gradients_of(self, tensors: _Tensors) -> dict[str, Tensor]:

@@ -99,6 +99,8 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
                 f"without {name} it does not: the causal mask is lost where {name} is given: "
                 "joined by | in place of &?"
             )
+    if is_padding and holds(lambda: subject.ignores_mask(search.base, search.allowed)):
+        return f"{name} changes nothing: it is ignored"
     if said := inside.why_seen(search.may_see, search.claim.judged):
         fact = "" if seen is None else seen.partition(": ")[0]
         return f"{fact}; {said}" if fact else said

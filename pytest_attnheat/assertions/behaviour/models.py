@@ -369,6 +369,13 @@ class ModelSubject:
         token = number if padding.side == "right" else number - (padding.total - count)
         return f"{output_place(index)} (token {token} of the {count} of sample {sample})"
 
+    def ignores_mask(self, base: Tensor, allowed: float) -> bool:
+        """Whether no output, not of padding either, changes with what it is told is padding."""
+        if self.real is None or self.mask_argument is None:
+            return False
+        told = (torch.ones_like(self.real), ~self.real)
+        return not any(differ(self.run(real=real), base, allowed) for real in told)
+
     def cause_of_mask(self) -> str | None:
         """Say whether a mask that hides nothing changes the output."""
         plain = replace(self, real=None, positions=None)

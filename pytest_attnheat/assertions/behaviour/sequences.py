@@ -21,7 +21,6 @@ Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")
 _DECODES = "a function that returns (output, cache)"
-_REORDERS = "a function of (cache, order) that returns the cache in that order"
 _MEANINGS = (*MASK_MEANINGS, "lengths")
 
 
@@ -94,6 +93,12 @@ class SequenceModel:
         if self.reorder is not None and self.decode is None:
             accepted = f"decode=, {_DECODES}, beside it: without one there is no cache to reorder"
             raise ValueError(misuse("reorder", "a function without decode=", accepted))
+        for name in ("mask_argument", "positions_argument", "memory_argument"):
+            keyword, module = getattr(self, name), getattr(self.module, "_orig_mod", self.module)
+            if keyword is not None and not _may_take(module, keyword):
+                inner = SequenceModel(module)
+                accepted = f"a parameter of {inner.name}: {_parameters(inner)}"
+                raise ValueError(misuse(name, repr(keyword), accepted))
 
     def __call__(
         self,
@@ -192,6 +197,26 @@ def check_takes_mask(model: SequenceModel) -> None:
             "SequenceModel(module, mask='keep' or 'drop' or 'additive', mask_argument=...), where "
             f"mask_argument is one of its parameters: {_parameters(model)}"
         )
+
+
+def _may_take(module: Callable[..., Any], keyword: str) -> bool:
+    """Whether a module may take a keyword; not only if its signature is known and lacks it."""
+    called: Any = module
+    if isinstance(module, nn.Module):
+        called = module.forward
+        # What stands between the caller and `forward` may take more.
+        if type(module).__call__ is not nn.Module.__call__ or module._forward_pre_hooks:
+            return True
+    taken = parameters_of(module)
+    if taken is None:
+        return True
+    outer: Mapping[str, inspect.Parameter]
+    try:  # what decorates it may take more as well
+        outer = inspect.signature(called, follow_wrapped=False).parameters
+    except (TypeError, ValueError):
+        outer = taken
+    both = [*taken.values(), *outer.values()]
+    return any(one.name == keyword or one.kind is one.VAR_KEYWORD for one in both)
 
 
 def _parameters(model: SequenceModel) -> str:
@@ -419,17 +444,4 @@ def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: 
         elif isinstance(result, Tensor):
             got = f"a tensor {tuple(result.shape)}"
         raise TypeError(misuse("decode", f"{got} back", _DECODES))
-    return result
-
-
-def declares_order(model: SequenceModel) -> bool:
-    """Whether its user said how its cache is put in another order; for transformers it is known."""
-    return model.reorder is not None and not isinstance(model.decode, CachedDecoding)
-
-
-def reordered(reorder: Callable[[Any, Tensor], Any], cache: Any, order: Tensor) -> Any:
-    """Call `reorder` and return its cache; NotImplementedError if it knows no way."""
-    result = reorder(cache, order)
-    if result is None and cache is not None:
-        raise TypeError(misuse("reorder", "None back", _REORDERS))
     return result
