@@ -361,6 +361,22 @@ def test_the_option_refuses_what_is_no_call(pytester):
     result.stdout.fnmatch_lines(["SKIPPED *replay: got 'softcap=True'; accepted is feature=level*"])
 
 
+def test_a_report_says_in_which_dtype_so_many_pairs_were_asked_where_it_is_not_in_all():
+    def picky(query, key, value, is_causal=False):
+        if query.dtype == torch.float64 and is_causal:
+            raise NotImplementedError("no causal float64")
+        return plain(query, key, value, is_causal=is_causal)
+
+    def even(query, key, value, is_causal=False):
+        return plain(query, key, value, is_causal=is_causal)
+
+    for subject, names in ((picky, ["pairs (float32 on cpu)", "pairs (float64 on cpu)"]),
+                           (even, ["pairs"])):  # fmt: skip
+        spec = AttentionSpec(subject, dtypes=("float32", "float64"), few_shapes=True)
+        lines = str(check_attention(spec, checks=PAIRS)).splitlines()
+        assert [line.partition(":")[0] for line in lines if "pairs of levels" in line] == names
+
+
 def test_the_end_of_a_run_says_how_many_pairs_were_asked(pytester):
     pytester.makepyfile(
         subjects="""

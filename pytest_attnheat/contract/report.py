@@ -113,8 +113,7 @@ class Report:
     def _below(self) -> list[str]:
         lines = list(self._left_out())
         if self.passed:
-            notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
-            lines += [f"{name}: {note}" for name, note in notes if note]
+            lines += self._notes()
         groups = self._alike()
         if unclear := self._under_a_wrong_layout():
             groups = [alike for alike in groups if alike[0].name not in unclear]
@@ -136,6 +135,17 @@ class Report:
         telling = {result.name for result in self.failed if result.declaration == said}
         names = dict.fromkeys(result.name for result in self.failed)
         return [name for name in names if name not in telling] if telling else []
+
+    def _notes(self) -> Iterator[str]:
+        """What checks that passed say; in which dtype, where it is not the same in all."""
+        noted = [r for r in self.results if r.status == "passed" and r.message]
+        notes = list(dict.fromkeys((r.name, r.message) for r in noted))
+        for name, note in notes:
+            places = [
+                f"{r.dtype} on {r.device}" for r in noted if (r.name, r.message) == (name, note)
+            ]
+            differs = sum(other == name for other, _ in notes) > 1
+            yield f"{name} ({', '.join(places)}): {note}" if differs else f"{name}: {note}"
 
     def _left_out(self) -> Iterator[str]:
         """What was not asked, and why checks of a block were skipped, each reason once."""

@@ -23,12 +23,13 @@ from .model_decoding import (
     Evidence,
     ModelDecoder,
     Plan,
+    declares_order,
     model_decoder,
     name_tokens,
     tokens_off,
 )
 from .reading import as_function, as_sequence, refuse_memory
-from .sequences import declares_order, with_causal
+from .sequences import with_causal
 from .subject import Compared, as_described, check_count, check_each, check_relative, settled
 
 _NAME = "assert_decode_matches_prefill"

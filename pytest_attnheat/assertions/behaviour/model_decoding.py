@@ -13,7 +13,7 @@ from ...attention.vocabulary import Alignment
 from ...inputs import misuse
 from .inside import Inside
 from .models import ModelSubject, Subject
-from .sequences import CachedDecoding, decoded, refuse_unused_cache, reordered
+from .sequences import CachedDecoding, SequenceModel, decoded, refuse_unused_cache
 from .subject import begin, differ, holds, output_place
 
 # How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
@@ -134,6 +134,20 @@ def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> ModelDe
     return ModelDecoder(subject, f"without a cache{after}", MOST_PREFIXES, has_cache=False)
 
 
+def declares_order(model: SequenceModel) -> bool:
+    """Whether its user said how its cache is put in another order; for transformers it is known."""
+    return model.reorder is not None and not isinstance(model.decode, CachedDecoding)
+
+
+def _reordered(reorder: Callable[[Any, Tensor], Any], cache: Any, order: Tensor) -> Any:
+    """Call `reorder` and return its cache; NotImplementedError if it knows no way."""
+    result = reorder(cache, order)
+    if result is None and cache is not None:
+        accepted = "a function of (cache, order) that returns the cache in that order"
+        raise TypeError(misuse("reorder", "None back", accepted))
+    return result
+
+
 @dataclass(frozen=True)
 class ModelDecoder(Decoder):
     """A sequence model that is given chunk after chunk with its cache, or longer prefixes."""
@@ -188,7 +202,7 @@ class ModelDecoder(Decoder):
         assert reorder is not None
         _, cache = self.step(range(first), None)
         try:
-            cache = reordered(reorder, cache, order)
+            cache = _reordered(reorder, cache, order)
         except NotImplementedError:
             return None
         outputs: list[Tensor] = []

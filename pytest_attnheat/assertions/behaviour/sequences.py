@@ -22,7 +22,6 @@ Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")
 _DECODES = "a function that returns (output, cache)"
-_REORDERS = "a function of (cache, order) that returns the cache in that order"
 _MEANINGS = (*MASK_MEANINGS, "lengths")
 
 
@@ -443,17 +442,4 @@ def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: 
         elif isinstance(result, Tensor):
             got = f"a tensor {tuple(result.shape)}"
         raise TypeError(misuse("decode", f"{got} back", _DECODES))
-    return result
-
-
-def declares_order(model: SequenceModel) -> bool:
-    """Whether its user said how its cache is put in another order; for transformers it is known."""
-    return model.reorder is not None and not isinstance(model.decode, CachedDecoding)
-
-
-def reordered(reorder: Callable[[Any, Tensor], Any], cache: Any, order: Tensor) -> Any:
-    """Call `reorder` and return its cache; NotImplementedError if it knows no way."""
-    result = reorder(cache, order)
-    if result is None and cache is not None:
-        raise TypeError(misuse("reorder", "None back", _REORDERS))
     return result
