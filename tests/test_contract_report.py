@@ -327,7 +327,8 @@ def test_returned_weights_are_checked():
 @pytest.mark.parametrize("name", FOUND)
 def test_every_defect_of_the_catalogue_is_found(name):
     subject, declared = planted_with(name)
-    grouped = True if name in ("groups_tiled", "first_key_head_only") else None
+    of_groups = ("groups_tiled", "first_key_head_only", "keys_tiled", "values_tiled")
+    grouped = True if name in of_groups else None
     spec = AttentionSpec(subject, grouped=grouped, dtypes=ONE_DTYPE, **declared)
     (examination,) = examinations_of(spec)
     # One check after the other, up to the first that finds it.

@@ -291,6 +291,8 @@ _INSTEAD: dict[str, _Instead] = {
 
 def _said_of(readings: Sequence[_Reading], answers: Sequence[tuple[Call, Tensor]]) -> str:
     """Say what else was returned for calls without a sink, if it is that on all of them."""
+    # What overflows, as the sum of large scores does, tells nothing.
+    answers = [(call, given) for call, given in answers if not given.isposinf().any()]
     for words, instead in _INSTEAD.items():
         for one in readings:
             if _fits(one, answers, instead):
