@@ -520,9 +520,21 @@ def test_the_quick_form_asks_a_softcap_beside_what_hides():
         return scores.softmax(-1) @ value
 
     spec = AttentionSpec(wrong, softcap="softcap", causal="top_left", dtypes=ONE_DTYPE)
-    report = check_attention(spec, quick=True)
-    assert [result.name for result in report.failed][-1:] == ["softcap"]
-    assert "whose softcap comes after the mask" in str(report.diagnosis)
+    assert BY_NAME["softcap"].quick
+    (result,) = check_attention(spec, checks=[BY_NAME["softcap"]]).failed
+    assert "whose softcap comes after the mask" in result.message
+
+
+def test_what_takes_no_strided_inputs_fails_the_layout_alone():
+    def compact(query, key, value, attn_mask=None, is_causal=False):
+        if not all(one.is_contiguous() for one in (query, key, value)):
+            raise ValueError("strides are not looked at")
+        return sdpa(query, key, value, attn_mask, is_causal=is_causal)
+
+    spec = AttentionSpec(compact, dtypes=["float64"])
+    asked = [BY_NAME[name] for name in ("plain", "masked", "pairs", "layout")]
+    report = check_attention(spec, checks=asked)
+    assert [result.name for result in report.failed] == ["layout"]
 
 
 def test_a_call_that_is_replayed_of_what_is_not_declared_says_so_first():
@@ -690,6 +702,8 @@ REFUSED = [
     ({"inputs": [[1, 2]]}, TypeError, "inputs: got [[1, 2]]; accepted is floats (batch, length, "),
     ({"inputs": randn(2, 9)}, ValueError, "inputs: got float32 (2, 9); accepted is floats "),
     ({"inputs": randn(1, 9, 4)}, ValueError, "inputs: got float32 (1, 9, 4); accepted is floats "),
+    ({"inputs": randn(2, 1, 4)}, ValueError, "inputs: got float32 (2, 1, 4); accepted is floats "),
+    ({"inputs": torch.full((2, 9), 7)}, ValueError, "inputs: got int64 (2, 9); accepted is floats"),
     ({"inputs": tokens(2, 9).bool()}, ValueError, "inputs: got bool (2, 9); accepted is floats "),
     ({"softcap": 0}, ValueError, "softcap: got 0; accepted is a finite number above 0, the keywo"),
     ({"softcap": float("inf")}, ValueError, "softcap: got inf; accepted is a finite number above "),

@@ -181,7 +181,9 @@ def _structured(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
     eye = torch.eye(width, dtype=query.dtype)
     at_query, at_key = (torch.arange(t.shape[-2]) % width for t in (query, key))
     numbers = torch.arange(value.shape[-2], dtype=value.dtype).unsqueeze(-1) / 8
-    return (6 * eye[at_query]).expand_as(query), eye[at_key].expand_as(key), numbers + value / 64
+    # Laid out as drawn numbers are: a kernel may take no others.
+    query, key = (6 * eye[at_query]).expand_as(query), eye[at_key].expand_as(key)
+    return query.contiguous(), key.contiguous(), numbers + value / 64
 
 
 def _overflowing(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:

@@ -130,7 +130,10 @@ def _are_sides(window: tuple[Any, ...]) -> bool:
 def _is_input(inputs: Tensor) -> bool:
     floats = inputs.is_floating_point() and inputs.ndim == 3
     tokens = inputs.dtype in (torch.int64, torch.int32) and inputs.ndim == 2
-    return (floats or tokens) and len(inputs) >= 2 and inputs.numel() > 0
+    if not (floats or tokens) or min(inputs.shape[:2]) < 2 or inputs.numel() == 0:
+        return False
+    # No other token is known to replace the only one by.
+    return floats or bool((inputs != inputs[0, 0]).any())
 
 
 def _shown(given: object) -> str:
@@ -160,7 +163,7 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "name": _TEXT,
     "inputs": (Tensor | None, _is_input,
                "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of "
-               "two or more sequences, or None"),
+               "two or more sequences of two or more tokens, which are not all of one id, or None"),
     "layout": (str, lambda letters: sorted(letters) in (sorted("bhld"), sorted("bld")),
                "the letters b (batch), h (heads), l (length) and d (width) in any order, h or "
                "not: 'bhld', 'blhd', 'bld'"),

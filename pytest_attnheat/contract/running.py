@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..assertions.behaviour import sequences
+from ..assertions.behaviour.inside import OUTSIDE
 from ..assertions.behaviour.models import ModelSubject
 from ..attention.devices import fault_of, names_of, resolve
 from ..callables import always_compiled, borrowed, is_compiled, is_past_compiling
@@ -133,7 +134,8 @@ def _inside(found: Diagnosis, spec: AttentionSpec, result: Result) -> str:
     words = found.sentence if found.healthy else f"in the call that failed: {found.sentence}"
     if found.healthy and not found.refused:
         where = "in the mask it was given, where heads are split or merged, or before or after it"
-        if result.failure is not None and result.failure.cause:
+        cause = (result.failure and result.failure.cause) or OUTSIDE
+        if not cause.endswith(OUTSIDE):
             where = "see the cause"  # it knows more
         words = f"in the call that failed, {words}: what is wrong happens outside of it: {where}"
     elif found.healthy:

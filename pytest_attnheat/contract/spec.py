@@ -52,7 +52,7 @@ class AttentionSpec:
         layout: The order of the dimensions of query, key, value and output: `"bhld"`
             (batch, heads, length, width), `"blhd"`, `"lbhd"` ..., or without heads `"bld"`.
         inputs: For a block: an example of its input, (batch, length, width) floats or (batch,
-            length) token ids, of two or more sequences.
+            length) token ids, of two or more sequences of two or more tokens.
         mask: What a boolean `attn_mask` means: `"keep"` (True where a query may attend), `"drop"`
             (True where not), `"additive"` (floats that are added to the scores), `"any"` (as
             PyTorch: True where it may attend, or floats), or None: it takes no mask.

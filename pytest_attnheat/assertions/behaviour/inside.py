@@ -24,6 +24,8 @@ from .models import ModelSubject
 from .subject import differ, holds, listed
 
 _Says = TypeVar("_Says", bound=Callable[..., str | None])
+# What is said where it is not known what lets it be seen.
+OUTSIDE = "it is seen outside of what was captured"
 # Weights that are larger are no rounding.
 _FELT = 1e-5
 # How far rows may be apart, as a part of their size, that should be the same.
@@ -103,7 +105,7 @@ class Inside:
         each = f"of {count} attentions none lets it be seen"
         if count == 1:
             each = f"attention in {name_of(self._squares[0])} does not let it be seen"
-        return f"{each}: it is seen outside of what was captured"
+        return f"{each}: {OUTSIDE}"
 
     @_careful
     def why_entries_mix(self) -> str | None:
