@@ -1043,8 +1043,8 @@ def test_a_function_whose_lost_rows_are_nan_is_like_itself(declared):
         "fully_masked_rows",
         **options,
     )
-    # Beside a reference, one element near 0 is off by less than its terms are rounded.
-    assert re.match(r"assert_matches_reference: 28[78] of \d+ elements of the output", text)
+    # Of 288 elements one is 1e-5, and so off by 1e-6: no more than its terms are rounded by.
+    assert re.match(r"assert_matches_reference: 287 of \d+ elements of the output", text)
 
 
 def test_a_reference_of_nan_is_refused_where_none_is_declared():

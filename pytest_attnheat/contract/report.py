@@ -56,7 +56,7 @@ class Report:
     results: tuple[Result, ...]
     seed: int = 0
     hints: tuple[str, ...] = ()
-    left_out: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -151,7 +151,7 @@ class Report:
         """What was not asked, and why checks of a block were skipped, each reason once."""
         # Of others -rs lists dozens.
         if self.left_out:
-            yield f"not asked in the quick form: {self.left_out}"
+            yield f"not asked in the quick form: {', '.join(self.left_out)}"
         reasons = dict[str, dict[str, None]]()
         for result in self.results if self.spec.is_block else ():
             if result.status == "skipped" and result.reason and result.reason not in self._head():
@@ -298,7 +298,7 @@ def check_attention(
     expected = expected_of(expected_failures, [check.name for check in (*KNOWN, *asked)])
     call = None if replay is None else Replay.of(replay)
     examinations = examinations_of(spec, quick=quick and not (call and call.dtype), seed=seed)
-    left_out = left_out_of(spec, asked) if quick and not (checks or call) else ""
+    left_out = left_out_of(spec, asked) if quick and not (checks or call) else ()
     if call is not None:
         examinations, asked = call.among(examinations), (call.check,)
     worker, hint = isolated(spec, asked, isolate, time_limit)

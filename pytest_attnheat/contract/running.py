@@ -196,9 +196,9 @@ def expected_of(given: object, names: Iterable[str]) -> dict[str, str]:
     return expected
 
 
-def left_out_of(spec: AttentionSpec, asked: Sequence[Check]) -> str:
-    """Say which checks the quick form of the examination leaves out."""
-    return ", ".join(check.name for check in _all_of(spec) if check not in asked)
+def left_out_of(spec: AttentionSpec, asked: Sequence[Check]) -> tuple[str, ...]:
+    """Return the names of the checks that the quick form of the examination leaves out."""
+    return tuple(check.name for check in _all_of(spec) if check not in asked)
 
 
 def examinations_of(
@@ -386,7 +386,7 @@ def report_data(
     diagnosis: Any,
     hints: Sequence[str],
     seed: int,
-    left_out: str = "",
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return a report as plain data, of a specification and a diagnosis or their data."""
     counts = Counter(result["status"] for result in results)
@@ -395,7 +395,7 @@ def report_data(
         "passed": not counts["failed"] and counts["skipped"] < len(results),
         "counts": {status: counts[status] for status in ("passed", "failed", "skipped", "xfailed")},
         "spec": spec if isinstance(spec, Mapping) else spec_data(spec), "seed": seed,
-        "hints": list(hints), "left_out": left_out.split(", ") if left_out else [],
+        "hints": list(hints), "left_out": list(left_out),
         "diagnosis": diagnosis_data(diagnosis), "results": list(results),
     }  # fmt: skip
 

@@ -50,7 +50,7 @@ def calls_of(
         examinations, asked = call.among(examinations), (call.check,)
     calls = list(product(examinations, asked))
     examined.told["calls"] = len(calls)
-    examined.told["left_out"] = left_out_of(spec, asked) if quick and not (checks or call) else ""
+    examined.told["left_out"] = left_out_of(spec, asked) if quick and not (checks or call) else ()
     for number, (examination, check) in enumerate(calls):
         reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
         yield CheckCall(examined, check, examination, reason, unselected, number)

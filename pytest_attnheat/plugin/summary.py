@@ -273,7 +273,7 @@ def fail_if_unasked(session: pytest.Session) -> None:
 
 def _skipped(found: Sequence[Found]) -> Iterator[str]:
     """Yield what was not asked, and how many checks were skipped, for want of a declaration too."""
-    for left_out in _unique(found, "left_out"):
+    for left_out in dict.fromkeys(", ".join(one["left_out"]) for one in found if one["left_out"]):
         yield f"not asked in the quick form: {left_out}"
     reasons = [one for one in found if one["outcome"] == "skipped"]
     if not reasons:
